@@ -1,0 +1,34 @@
+"""The errors this folder raises on purpose; each takes one message: what was expected, what was found, what to do.
+
+`exit_code` is what the command line returns for it (2: the input is wrong and nothing was touched; 1: it failed).
+"""
+
+
+class PlacementError(ValueError):
+    """The asked-for workers, devices or addresses cannot be had; nothing was touched."""
+
+    exit_code = 2
+
+
+class StorageError(RuntimeError):
+    """Bytes could not be read or written; nothing half-written counts as whole."""
+
+    exit_code = 1
+
+
+class WorkerError(RuntimeError):
+    """The worker group failed and its failure budget is spent."""
+
+    exit_code = 1
+
+
+class EndpointError(RuntimeError):
+    """The endpoint cannot be started or reached."""
+
+    exit_code = 1
+
+
+class RegistryError(RuntimeError):
+    """The model registry has no such model, version or alias, or refused a change."""
+
+    exit_code = 1

@@ -1,0 +1,114 @@
+"""The config sections that must not change the result: workers, devices, ZeRO stage, micro batch, addresses, limits.
+
+Nothing here enters a run's fingerprint. The batch arithmetic is here too: how a global batch is dealt to workers.
+Light on purpose: importing it costs no torch and no ray.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.errors import PlacementError
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PlacementSection(Section):
+    workers: int = Field(2, ge=1)
+    """Training processes."""
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    """0 trains on the CPU with gloo; 1 on CUDA with nccl."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed shards with ZeRO; torch is the plain data-parallel engine."""
+    zero_stage: int | Literal["auto"] = "auto"
+    """ZeRO stage 0 to 3; auto takes the lowest that fits in memory. Ignored by the torch engine."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer state (ZeRO 1-3) or parameters too (ZeRO 3) in host memory; only with GPUs."""
+    micro_batch: int = Field(0, ge=0)
+    """Pictures per forward pass and worker; 0 takes the whole share of a worker."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the worker group before the run fails."""
+    checkpoint_every_steps: int = Field(100, ge=1)
+    """Optimizer steps between resumable checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    ray_address: str = ""
+    """Address of a running Ray cluster; empty starts a local one for the verb."""
+    tracking_uri: str = ""
+    """MLflow tracking server; empty keeps a SQLite database in the workspace."""
+
+
+class ServeSection(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535)
+    """0 takes a free port."""
+    default_steps: int = Field(20, ge=1)
+    default_guidance_scale: float = Field(3.0, ge=0)
+    max_images: int = Field(8, ge=1)
+    """Largest `n` of one request."""
+    max_prompt_chars: int = Field(2000, ge=1)
+    max_steps: int = Field(100, ge=1)
+    max_guidance_scale: float = Field(30.0, gt=0)
+    max_side_px: int = Field(512, ge=8)
+    max_queue: int = Field(16, ge=1)
+    """Requests waiting for the denoiser; one more is answered 429 with Retry-After."""
+    max_body_bytes: int = Field(1_000_000, ge=1024)
+    cpus_per_replica: float = Field(0.5, gt=0)
+    """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
+    gpus_per_replica: float = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch = workers x micro_batch x accumulation."""
+
+    global_batch: int
+    workers: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def per_worker(self) -> int:
+        return self.micro_batch * self.accumulation
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch} = {self.workers} workers x micro batch {self.micro_batch}"
+            f" x {self.accumulation} accumulation steps"
+        )
+
+
+def plan_batch(global_batch: int, workers: int, micro_batch: int) -> BatchPlan:
+    """Deal a global batch to workers; PlacementError with the arithmetic when it does not divide."""
+    if global_batch % workers:
+        raise PlacementError(
+            f"train.global_batch must divide by placement.workers: {global_batch} / {workers} ="
+            f" {global_batch / workers:.2f}; set train.global_batch to a multiple of {workers}"
+        )
+    per_worker = global_batch // workers
+    micro = micro_batch or per_worker
+    if per_worker % micro:
+        raise PlacementError(
+            f"placement.micro_batch must divide a worker's share: {global_batch} pictures / {workers} workers ="
+            f" {per_worker} each, and {per_worker} / {micro} = {per_worker / micro:.2f}; set placement.micro_batch to"
+            f" one of {', '.join(str(d) for d in range(1, per_worker + 1) if per_worker % d == 0)}"
+        )
+    return BatchPlan(global_batch, workers, micro, per_worker // micro)
+
+
+def check_placement(placement: PlacementSection) -> None:
+    """Refuse combinations that can never run, before anything starts."""
+    stage = placement.zero_stage
+    if stage != "auto" and stage not in (0, 1, 2, 3):
+        raise PlacementError(f"placement.zero_stage expected to be auto, 0, 1, 2 or 3, found {stage}")
+    if placement.offload != "none" and not placement.gpus_per_worker:
+        raise PlacementError("placement.offload moves state from GPU to host memory; set it to none on CPU workers")
+    if placement.offload != "none" and (placement.engine != "deepspeed" or stage == 0):
+        raise PlacementError("placement.offload needs placement.engine=deepspeed and placement.zero_stage 1, 2 or 3")
+    if placement.offload == "all" and stage not in (3, "auto"):
+        raise PlacementError("placement.offload=all needs placement.zero_stage 3")

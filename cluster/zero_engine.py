@@ -1,0 +1,165 @@
+"""The DeepSpeed engine behind the seam of `cluster/engine.py`: ZeRO stages 0 to 3, fp32 and bf16, CPU and CUDA.
+
+Where DeepSpeed's public API has a gap, the attribute used instead is named with its reason (DeepSpeed 0.19).
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.engine import MASTER, EngineOptions, optimizer_tensors, prime_optimizer, set_rates, tensor_bytes
+from cluster.zero import deepspeed_config
+
+
+class ZeroEngine:
+    """DeepSpeed with a client optimizer; see `Engine` for what each method promises."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, options: EngineOptions) -> None:
+        deepspeed = _import_deepspeed(options.device)
+        self.options = options
+        self.module = model
+        self.by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        config = deepspeed_config(options.stage, options.batch, options.clip_norm, options.bf16, options.placement)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.sharded = options.stage > 0 or options.bf16
+        self.masters: list[Tensor] = self._find_masters()
+        self._bad = torch.zeros((), device=options.device)
+        for parameter in self.by_name.values():
+            parameter.register_hook(self._watch)
+
+    def _find_masters(self) -> list[Tensor]:
+        # The flat fp32 shards this rank owns; the safe_* API only reaches them parameter by parameter.
+        if not self.sharded:
+            return list(self.by_name.values())
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
+            if hasattr(self.optimizer, attribute):
+                return list(getattr(self.optimizer, attribute))
+        raise AssertionError(f"no fp32 shards known in {type(self.optimizer).__name__}")
+
+    def _watch(self, gradient: Tensor) -> None:
+        # ZeRO frees gradients as they are reduced, so a non-finite one is noticed as it passes: x * 0 is nan for it.
+        self._bad += gradient.detach().float().sum() * 0
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.options.bf16:
+            inputs = tuple(x.bfloat16() if x.dtype == torch.float32 and x.ndim > 1 else x for x in inputs)
+        self.engine.train(torch.is_grad_enabled())
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()
+
+    def gradients_finite(self) -> bool:
+        return not bool(torch.isnan(self._bad))
+
+    def step(self, rate_factor: float) -> float:
+        set_rates(self.optimizer, rate_factor)
+        norm = None
+        if not self.sharded:  # stage 0 in fp32 clips without telling the norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.by_name.values() if p.grad is not None])
+        self.engine.step()
+        self._bad.zero_()
+        self._link_states()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _link_states(self) -> None:
+        # With several groups DeepSpeed links their optimizer states after the first group's step, when the others have
+        # none yet, and the safe_* API then finds no exp_avg for them. Linking again once cures it (stages 1 and 2).
+        optimizer = self.optimizer
+        if getattr(optimizer, "_hp_optimizer_states_linked", False) and not hasattr(self, "_linked"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+            self._linked = True
+
+    def get(self, name: str, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.by_name[name]
+        if not self.sharded:
+            return parameter.detach() if kind == MASTER else self.optimizer.state[parameter][kind]
+        if kind == MASTER:
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, kind)
+        assert value is not None, f"{name} has no {kind}"
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return value.detach().float().view(shape)
+
+    @torch.no_grad()
+    def put(self, name: str, kind: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter = self.by_name[name]
+        value = value.to(self.options.device)
+        if not self.sharded:
+            self.get(name, kind).copy_(value)
+        elif kind == MASTER:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        # Writing masters leaves the weights of the forward pass as they were until the next step; these are the
+        # methods that the steps of stages 1, 2 and 3 end with.
+        if self.options.stage == 3:
+            # Gathered copies of the old values must go first: a gather skips what it believes to have.
+            self.optimizer.parameter_offload.partition_all_parameters()
+            for group in range(len(self.masters)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self.optimizer.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+        elif self.sharded:
+            self.optimizer.update_lp_params()
+
+    def prime(self, one_step: Callable[[], None], steps_done: int) -> None:
+        prime_optimizer(self.optimizer, one_step, steps_done)
+        # prime_optimizer sees the wrapper's state; the wrapped optimizer is where stage 3 keeps it.
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for state in inner.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(steps_done)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Measured bytes of this worker's weights, gradients and optimizer state (masters included when sharded)."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        parameters: list[Tensor] = [getattr(p, "ds_tensor", p.data) for p in self.module.parameters()]
+        gradients: list[Tensor] = [p.grad for p in self.module.parameters() if p.grad is not None]
+        averaged: Any = getattr(self.optimizer, "averaged_gradients", {}) or {}
+        for group in averaged.values():
+            gradients += [g for g in group or [] if g is not None]
+        state = optimizer_tensors(inner) + (self.masters if self.sharded else [])
+        return {
+            "parameters": tensor_bytes(parameters),
+            "gradients": tensor_bytes(gradients),
+            "optimizer": tensor_bytes(state),
+        }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed quietly, without its compiled shared-memory collective on CPU workers."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch 2.13 renamed; the warning would be printed at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # That op is compiled at first use (a minute, needs g++) and gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

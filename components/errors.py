@@ -1,0 +1,23 @@
+"""The errors this folder raises on purpose; each takes one message: what was expected, what was found, what to do.
+
+A single string survives pickling between processes, which a constructor with two arguments does not.
+`exit_code` is what the command line returns for it (2: the input is wrong and nothing was touched; 1: it failed).
+"""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; nothing was touched."""
+
+    exit_code = 2
+
+
+class DataError(RuntimeError):
+    """The data was read, and too much of it is unusable."""
+
+    exit_code = 1
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; no weight was moved by it."""
+
+    exit_code = 1

@@ -1,0 +1,91 @@
+"""Every random draw of a run, from a counter instead of a state: noise, timesteps, caption dropout, data order.
+
+Each sample's draws come from its own Philox generator (Salmon et al. 2011) keyed by the run's seed and counted by
+(step, position in the global batch). Rank, worker count, micro batch and interruptions cannot change them: this is why two
+placements train the same model and a resumed run continues exactly.
+
+Shape letters: B samples, C channels, H, W latent height and width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLE_STREAM, ORDER_STREAM, VALIDATION_STREAM = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about some samples of one step."""
+
+    noise_BCHW: Tensor
+    latent_noise_BCHW: Tensor
+    """Where in the posterior of the autoencoder the latents are taken."""
+    level_B: Tensor
+    """Uniform in [0, 1), one stratum of the global batch each: the timestep before any density is applied."""
+    dropped_B: Tensor
+    """Uniform in [0, 1), compared with the caption dropout."""
+
+
+def generator_at(seed: int, stream: int, step: int, position: int) -> np.random.Generator:
+    """Return the generator of one sample; counters of different (step, position) are 2^128 draws apart."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, step]))
+
+
+def draws_at(seed: int, step: int, positions: Sequence[int], global_batch: int, shape: tuple[int, ...]) -> Draws:
+    """Return the draws of the samples at `positions` of the global batch; `shape` is (C, H, W).
+
+    Levels are stratified over the global batch (position p falls into [p/G, (p+1)/G)): the samples' order is random
+    already, and an even spread of timesteps makes the loss less noisy.
+    """
+    noise = np.empty((2, len(positions), *shape), dtype=np.float32)
+    uniform = np.empty((2, len(positions)), dtype=np.float64)
+    for row, position in enumerate(positions):
+        generator = generator_at(seed, SAMPLE_STREAM, step, position)
+        uniform[:, row] = generator.random(2)
+        noise[:, row] = generator.standard_normal((2, *shape), dtype=np.float32)
+    levels = (np.asarray(positions) + uniform[0]) / global_batch
+    return Draws(
+        noise_BCHW=torch.from_numpy(noise[0]),
+        latent_noise_BCHW=torch.from_numpy(noise[1]),
+        level_B=torch.from_numpy(levels),
+        dropped_B=torch.from_numpy(uniform[1]),
+    )
+
+
+def sample_indexes(seed: int, step: int, positions: Sequence[int], global_batch: int, num_samples: int) -> np.ndarray:
+    """Return which samples stand at `positions` of step `step`: every epoch is its own permutation, without gaps."""
+    places = step * global_batch + np.asarray(positions, dtype=np.int64)
+    epochs = places // num_samples
+    indexes = np.empty(len(places), dtype=np.int64)
+    for epoch in np.unique(epochs):
+        order = epoch_order(seed, int(epoch), num_samples)
+        indexes[epochs == epoch] = order[places[epochs == epoch] % num_samples]
+    return indexes
+
+
+_last_order: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """Return the permutation of one epoch; the last two are kept, since a batch may span a border."""
+    key = (seed, epoch, num_samples)
+    if key not in _last_order:
+        while len(_last_order) >= 2:
+            _last_order.pop(next(iter(_last_order)))
+        _last_order[key] = generator_at(seed, ORDER_STREAM, epoch, 0).permutation(num_samples)
+    return _last_order[key]
+
+
+def validation_draws(sha256: str, num_bands: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return (noise (bands, C, H, W), level (bands,)) of one validation picture: a function of its bytes alone.
+
+    Band k's level is uniform in [k/bands, (k+1)/bands), so every picture is measured in every band.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[int(sha256[:16], 16), VALIDATION_STREAM]))
+    level = (np.arange(num_bands) + generator.random(num_bands)) / num_bands
+    noise = generator.standard_normal((num_bands, *shape), dtype=np.float32)
+    return torch.from_numpy(noise), torch.from_numpy(level)

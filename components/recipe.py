@@ -1,0 +1,118 @@
+"""The config sections that change the result: data, model, training, evaluation.
+
+Everything here is part of a run's identity (its fingerprint) unless the field's note says otherwise. What must not
+change the result (workers, devices, micro batch, addresses) lives in `cluster/placement.py`. Names of plans, schedules,
+weightings and optimizers are checked here, so that a typo is an error before anything starts.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PLANS = ("denoiser", "denoiser_attention", "text_encoder", "text_encoder_top:K", "all", "lora:R")
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataSection(Section):
+    source: str = "emblems://drifted?count=1200&seed=1"
+    """Folder, s3:// prefix, or emblems://WORLD?count=N&seed=S (built in). A location: not part of the fingerprint."""
+    resolution_px: int = Field(64, ge=16, le=4096, multiple_of=8)
+    """Side of the square every picture is cropped and scaled to."""
+    validation_fraction: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the pictures (by hash of their bytes) whose loss is watched while training."""
+    test_fraction: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the pictures kept for the scorecard."""
+    max_rejected_fraction: float = Field(0.1, ge=0, le=1)
+    """`prepare` fails when a larger share of the candidates is rejected."""
+    min_side_px: int = Field(16, ge=1)
+    """Pictures with a shorter side are rejected as too small."""
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Pictures that would decode to more pixels are rejected as decompression bombs."""
+
+
+class ModelSection(Section):
+    base: str = ""
+    """Diffusers directory to start from; empty: the embedded base. Enters the fingerprint by its weights, not its path."""
+    clip: str = ""
+    """transformers CLIP directory for the scorecard; empty: the embedded tiny CLIP. Not part of the fingerprint."""
+
+
+class LearningRate(Section):
+    denoiser: float = Field(1e-3, ge=0)
+    """Peak rate of the denoiser's parameters."""
+    text_encoder: float = Field(2e-4, ge=0)
+    """Peak rate of the text encoder's parameters; ignored when the plan freezes it."""
+
+
+class TrainSection(Section):
+    steps: int = Field(300, ge=1)
+    """Optimizer steps."""
+    global_batch: int = Field(32, ge=1)
+    """Pictures per optimizer step over all workers."""
+    freezing: str = "all"
+    """What trains: denoiser, denoiser_attention, text_encoder, text_encoder_top:K, all, lora:R."""
+    learning_rate: LearningRate = LearningRate()
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay; never applied to norms, biases and embeddings."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of sgd; ignored by adamw."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up; cosine and linear reach 1 % of the peak at the last step."""
+    warmup_steps: int = Field(20, ge=0)
+    """Optimizer steps of linear warm-up, whatever the number of workers."""
+    weighting: Literal["none", "min_snr"] = "none"
+    """Loss weight by timestep; min_snr (Hang et al. 2023) is for epsilon and v prediction."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """Ignored unless weighting is min_snr."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Density of the training timesteps; logit_normal (Esser et al. 2024) favours the middle."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples trained on the empty caption, which guidance needs."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    """Decay of the averaged weights that are evaluated and exported; 0 exports the last weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every_steps: int = Field(100, ge=1)
+    """Steps between validation losses and sample pictures; step 0 and the last step always have them."""
+    eval_images: int = Field(256, ge=1)
+    """At most so many validation pictures (the first by hash) are measured each time."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many evaluations without a better validation loss; 0 never stops early."""
+    seed: int = Field(0, ge=0)
+    """Key of every random draw: order, noise, timesteps, dropout, new adapters."""
+
+    @model_validator(mode="after")
+    def _known_plan(self) -> "TrainSection":
+        check_plan_name(self.freezing)
+        return self
+
+
+class EvaluateSection(Section):
+    prompts: int = Field(64, ge=2)
+    """Test captions drawn for the picture metrics (one picture each)."""
+    sampling_steps: int = Field(20, ge=1)
+    guidance_scale: float = Field(3.0, ge=0)
+    seed: int = Field(0, ge=0)
+    """Seed of the first picture; picture i uses seed + i."""
+    bootstrap: int = Field(1000, ge=100)
+    """Resamples behind every bootstrap interval."""
+
+
+def check_plan_name(plan: str) -> tuple[str, int | None]:
+    """Split a freezing plan into its name and number, e.g. `lora:8` -> ("lora", 8); ValueError lists the names."""
+    name, _, number = plan.partition(":")
+    numbered = name in ("text_encoder_top", "lora")
+    if name in ("denoiser", "denoiser_attention", "text_encoder", "all") and not number:
+        return name, None
+    if numbered and number.isdigit() and int(number) >= 1:
+        return name, int(number)
+    raise ValueError(f"freezing plan expected to be one of {', '.join(PLANS)} (K, R >= 1), found {plan!r}")

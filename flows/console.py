@@ -1,0 +1,24 @@
+"""What a verb says while it works: plain lines on stderr, so that stdout stays free for the one JSON object."""
+
+import sys
+import time
+
+_STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Write one line to stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def step(title: str) -> None:
+    """Write a section heading with the seconds since the command started."""
+    say(f"\n[{time.monotonic() - _STARTED:5.0f} s] {title}")
+
+
+def live(text: str) -> None:
+    """Rewrite the current line on a terminal; elsewhere do nothing (the caller logs whole lines now and then)."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[2K" + text)
+        sys.stderr.flush()

@@ -1,0 +1,182 @@
+"""Make a base from nothing on the built-in pictures: autoencoder, tokenizer, CLIP, and an untrained denoiser.
+
+`fresco pretrain` makes what `fresco train` then trains (docs/base-model.md has both commands and what they measured).
+It is how the embedded base was made; users who have a diffusers directory never need it.
+"""
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.errors import InputError
+from components.models import Parts, save_parts
+from flows.config import Config
+from flows.console import live, say, step
+
+WORLDS = ("base", "drifted", "collage", "collage")
+"""What the autoencoder sees in turn: half free collages, so that it can show pictures it was not made for."""
+VOCABULARY = 1400
+MAX_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """How long each part trains."""
+
+    autoencoder_steps: int = 1600
+    autoencoder_batch: int = 16
+    clip_steps: int = 1500
+    clip_batch: int = 64
+
+
+def run(config: Config, out: Path, plan: PretrainPlan | None = None) -> dict[str, Any]:
+    """Write `out`/pipeline and `out`/clip; parts that are there already are kept."""
+    plan = plan or PretrainPlan()
+    out = Path(out)
+    if out.is_file():
+        raise InputError(f"--out expected a folder, found the file {str(out)!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _make_tokenizer()
+    vae, l1 = _autoencoder(config, out, plan)
+    clip_accuracy = _clip(out, tokenizer, plan)
+    step("writing the pipeline with an untrained denoiser")
+    parts = make_untrained(tokenizer, vae, config.train.seed)
+    save_parts(parts, out / "pipeline")
+    counts = {name: sum(p.numel() for p in getattr(parts, name).parameters()) for name in _MODULES}
+    say(f"parameters: {counts}")
+    return {
+        "pipeline": str(out / "pipeline"),
+        "clip": str(out / "clip"),
+        "reconstruction_l1": l1,
+        "clip_accuracy": clip_accuracy,
+        "parameters": counts,
+    }
+
+
+_MODULES = ("text_encoder", "denoiser", "vae")
+
+
+def _make_tokenizer() -> Any:
+    from components.emblems import example_captions
+    from components.tokenizer import make_clip_tokenizer
+
+    words = (Path(__file__).parent.parent / "components" / "assets" / "words.txt").read_text().split()
+    captions = [*example_captions("base", 2000), *example_captions("drifted", 2000)]
+    return make_clip_tokenizer([*captions, *words * 20], VOCABULARY, MAX_TOKENS)
+
+
+def pictures_at(worlds: tuple[str, ...], seed: int, start: int, count: int, size_px: int) -> tuple[Tensor, list[str]]:
+    """Return `count` drawn pictures as pixels_BCHW in [-1, 1] with their captions, worlds in turn."""
+    from components.emblems import example
+
+    pairs = [
+        example(world, seed, index, size_px)
+        for index, world in zip(range(start, start + count), itertools.cycle(worlds), strict=False)
+    ]
+    pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture, _ in pairs])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, [caption for _, caption in pairs]
+
+
+def _autoencoder(config: Config, out: Path, plan: PretrainPlan) -> tuple[Any, float]:
+    from diffusers import AutoencoderKL
+
+    from components.autoencoder import AutoencoderPlan, make_autoencoder, set_latent_scale, train_autoencoder
+
+    size_px = config.data.resolution_px
+    folder = out / "autoencoder"
+    held_out, _ = pictures_at(WORLDS, 1, 0, 128, size_px)
+    if (folder / "config.json").exists():
+        say(f"autoencoder: found in {folder}, kept")
+        vae = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+        return vae, _reconstruction_l1(vae, held_out)
+    step(f"autoencoder: {plan.autoencoder_steps} steps of {plan.autoencoder_batch} pictures, drawn as they are needed")
+    vae = make_autoencoder(config.train.seed, size_px)
+
+    def batch_at(index: int) -> Tensor:
+        batch = plan.autoencoder_batch
+        return pictures_at(WORLDS, 0, index * batch, batch, size_px)[0]
+
+    def on_step(index: int, loss: float) -> None:
+        live(f"autoencoder step {index + 1}/{plan.autoencoder_steps} l1 {loss:.4f}")
+        if index % 50 == 49:
+            say(f"autoencoder step {index + 1}/{plan.autoencoder_steps} l1 {loss:.4f}")
+
+    train_autoencoder(vae, batch_at, AutoencoderPlan(plan.autoencoder_steps, plan.autoencoder_batch), on_step)
+    scale = set_latent_scale(vae, pictures_at(("base",), 1, 0, 256, size_px)[0])
+    l1 = _reconstruction_l1(vae, held_out)
+    say(f"held-out reconstruction: mean absolute error {l1:.4f} of 2.0; latent scale {scale:.3f}")
+    vae.save_pretrained(folder)
+    return vae, l1
+
+
+@torch.no_grad()
+def _reconstruction_l1(vae: Any, pixels_BCHW: Tensor) -> float:
+    from components.models import decode_latents, encode_images
+
+    mean_BCHW, _ = encode_images(vae, pixels_BCHW)
+    return float((decode_latents(vae, mean_BCHW).clamp(-1, 1) - pixels_BCHW).abs().mean())
+
+
+def _clip(out: Path, tokenizer: Any, plan: PretrainPlan) -> float:
+    from components.contrastive import pretrain_clip
+
+    folder = out / "clip"
+    if (folder / "config.json").exists():
+        say(f"CLIP: found in {folder}, kept")
+        return float("nan")
+    step(f"CLIP: {plan.clip_steps} steps of {plan.clip_batch} picture-caption pairs")
+
+    def pairs_at(index: int) -> tuple[Tensor, list[str]]:
+        return pictures_at(("base", "drifted"), 2, index * plan.clip_batch, plan.clip_batch, 64)
+
+    return pretrain_clip(tokenizer, pairs_at, plan.clip_steps, folder, say)
+
+
+def make_untrained(tokenizer: Any, vae: Any, seed: int) -> Parts:
+    """Make the embedded base's architecture around a trained autoencoder: CLIP text encoder + UNet, v prediction."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(80, 112),
+            layers_per_block=1,
+            cross_attention_dim=128,
+            attention_head_dim=8,
+            norm_num_groups=16,
+        )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    for module in (text_encoder, unet):
+        module.eval().requires_grad_(False)
+    return Parts("stable_diffusion", "v_prediction", tokenizer, text_encoder, unet, vae, scheduler)
