@@ -4,7 +4,6 @@
 It is how the embedded base was made; users who have a diffusers directory never need it.
 """
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ MAX_TOKENS = 32
 class PretrainPlan:
     """How long each part trains."""
 
-    autoencoder_steps: int = 1600
+    autoencoder_steps: int = 1200
     autoencoder_batch: int = 16
     clip_steps: int = 1500
     clip_batch: int = 64
@@ -63,11 +62,13 @@ _MODULES = ("text_encoder", "denoiser", "vae")
 
 
 def _make_tokenizer() -> Any:
-    from components.emblems import example_captions
+    from components.emblems import caption_of, emblem_at, rng_at
+    from components.models import ASSETS
     from components.tokenizer import make_clip_tokenizer
 
-    words = (Path(__file__).parent.parent / "components" / "assets" / "words.txt").read_text().split()
-    captions = [*example_captions("base", 2000), *example_captions("drifted", 2000)]
+    # Common English words become one token each, so that a fine-tune on other captions need not spell them.
+    words = (ASSETS / "words.txt").read_text().split()
+    captions = [caption_of(emblem_at(world, 3, i), rng_at(3, i)) for world in ("base", "drifted") for i in range(2000)]
     return make_clip_tokenizer([*captions, *words * 20], VOCABULARY, MAX_TOKENS)
 
 
@@ -124,7 +125,7 @@ def _reconstruction_l1(vae: Any, pixels_BCHW: Tensor) -> float:
 
 
 def _clip(out: Path, tokenizer: Any, plan: PretrainPlan) -> float:
-    from components.contrastive import pretrain_clip
+    from components.contrastive import pretrain_clip, sibling_pairs
 
     folder = out / "clip"
     if (folder / "config.json").exists():
@@ -132,8 +133,9 @@ def _clip(out: Path, tokenizer: Any, plan: PretrainPlan) -> float:
         return float("nan")
     step(f"CLIP: {plan.clip_steps} steps of {plan.clip_batch} picture-caption pairs")
 
+
     def pairs_at(index: int) -> tuple[Tensor, list[str]]:
-        return pictures_at(("base", "drifted"), 2, index * plan.clip_batch, plan.clip_batch, 64)
+        return sibling_pairs(("base", "drifted"), 2, index, plan.clip_batch, 64)
 
     return pretrain_clip(tokenizer, pairs_at, plan.clip_steps, folder, say)
 
@@ -164,11 +166,11 @@ def make_untrained(tokenizer: Any, vae: Any, seed: int) -> Parts:
             out_channels=vae.config.latent_channels,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(80, 112),
+            block_out_channels=(56, 88),
             layers_per_block=1,
             cross_attention_dim=128,
             attention_head_dim=8,
-            norm_num_groups=16,
+            norm_num_groups=8,
         )
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
@@ -180,3 +182,18 @@ def make_untrained(tokenizer: Any, vae: Any, seed: int) -> Parts:
     for module in (text_encoder, unet):
         module.eval().requires_grad_(False)
     return Parts("stable_diffusion", "v_prediction", tokenizer, text_encoder, unet, vae, scheduler)
+
+
+def package(config: Config, model: str, out: str) -> dict[str, Any]:
+    """Copy a model as a diffusers folder whose weights are stored in fp16; readers get fp32 again. Never overwrites."""
+    from components.models import load_parts, model_fingerprint
+    from flows.models import resolve_model
+
+    target = Path(out)
+    if target.exists():
+        raise InputError(f"--out expected a new folder, found {out!r} there already; choose another name")
+    found = resolve_model(config, model)
+    save_parts(load_parts(found.directory), target, dtype=torch.float16)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    say(f"{target}: {size / 1e6:.2f} MB, fingerprint {model_fingerprint(target)}")
+    return {"pipeline": str(target), "bytes": size, "fingerprint": model_fingerprint(target)}
