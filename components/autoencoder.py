@@ -16,7 +16,7 @@ from torch import Tensor
 
 from components.errors import NonFiniteError
 
-KL_WEIGHT = 1e-5
+KL_WEIGHT = 1e-7
 EDGE_WEIGHT = 1.0
 
 
@@ -37,7 +37,7 @@ def make_autoencoder(seed: int, size_px: int) -> Any:
         return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(24, 32, 64, 64),
+            block_out_channels=(16, 32, 64, 64),
             layers_per_block=1,
             norm_num_groups=8,
             latent_channels=8,

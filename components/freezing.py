@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from components.errors import InputError
 from components.models import Parts, TextStates, family_named
-from components.recipe import check_plan_name
+from components.recipe import check_plan_name, trains_text
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ class TrainedModel(nn.Module):
             self.denoiser, latents_BCHW, timestep_B, TextStates(states_BLD, mask_BL)
         )
         return prediction_BCHW
-
-
-def trains_text(plan: str) -> bool:
-    """Whether a plan trains the text encoder, so that cached text states must not be read."""
-    return check_plan_name(plan)[0] in ("text_encoder", "text_encoder_top", "all")
 
 
 def apply_plan(parts: Parts, plan: str, seed: int) -> TrainedModel:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.errors import InputError
 
@@ -37,7 +37,7 @@ class Parts:
     vae: Any = None
     scheduler: Any = None
 
-    def with_modules(self, **modules: nn.Module) -> "Parts":
+    def with_modules(self, **modules: Any) -> "Parts":
         return replace(self, **modules)
 
 

@@ -1,8 +1,8 @@
 """Every random draw of a run, from a counter instead of a state: noise, timesteps, caption dropout, data order.
 
 Each sample's draws come from its own Philox generator (Salmon et al. 2011) keyed by the run's seed and counted by
-(step, position in the global batch). Rank, worker count, micro batch and interruptions cannot change them: this is why two
-placements train the same model and a resumed run continues exactly.
+(step, position in the global batch). Rank, worker count, micro batch and interruptions cannot change them: this is
+why two placements train the same model and a resumed run continues exactly.
 
 Shape letters: B samples, C channels, H, W latent height and width.
 """

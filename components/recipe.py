@@ -37,7 +37,7 @@ class DataSection(Section):
 
 class ModelSection(Section):
     base: str = ""
-    """Diffusers directory to start from; empty: the embedded base. Enters the fingerprint by its weights, not its path."""
+    """Diffusers directory to start from; empty: the embedded base. Fingerprinted by its weights, not its path."""
     clip: str = ""
     """transformers CLIP directory for the scorecard; empty: the embedded tiny CLIP. Not part of the fingerprint."""
 
@@ -116,3 +116,8 @@ def check_plan_name(plan: str) -> tuple[str, int | None]:
     if numbered and number.isdigit() and int(number) >= 1:
         return name, int(number)
     raise ValueError(f"freezing plan expected to be one of {', '.join(PLANS)} (K, R >= 1), found {plan!r}")
+
+
+def trains_text(plan: str) -> bool:
+    """Whether a plan trains the text encoder, so that cached text states must not be read."""
+    return check_plan_name(plan)[0] in ("text_encoder", "text_encoder_top", "all")

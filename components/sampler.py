@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from components.errors import NonFiniteError
 from components.models import (
     SAMPLE_BATCH,
     Parts,
@@ -74,7 +75,13 @@ def _draw_batch(parts: Parts, requests: list[PictureRequest]) -> list[Image.Imag
     text = encode_text(parts, [request.prompt for request in requests])
     empty = encode_text(parts, [request.negative_prompt for request in requests])
     latents_BCHW = sample_latents(parts, predict, requests, text, empty).to(device)
-    return to_images(decode_latents(parts.vae, latents_BCHW.to(parts.vae.dtype)))
+    pixels_BCHW = decode_latents(parts.vae, latents_BCHW.to(parts.vae.dtype))
+    if not torch.isfinite(pixels_BCHW).all():
+        raise NonFiniteError(
+            f"expected finite pixels, found NaN or infinity for the prompts {[r.prompt for r in requests]}; check the"
+            " weights of the model (half-precision autoencoders are known to overflow)"
+        )
+    return to_images(pixels_BCHW)
 
 
 @torch.no_grad()

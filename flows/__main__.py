@@ -63,6 +63,14 @@ def _explain(error: Exception) -> int:
     return int(code)
 
 
+def _keep_stdout_clean() -> int:
+    """Send whatever libraries print to stderr; return a descriptor of the real stdout for the one JSON object."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    return real
+
+
 class Shared:
     """The options every verb has."""
 
@@ -83,6 +91,7 @@ class Shared:
 
     def run(self, verb: str, call: Callable[[Any], dict[str, Any]]) -> None:
         """Import `flows.<verb>`, run it (or tell its plan), print the JSON object when asked for."""
+        stdout = _keep_stdout_clean()
         module = importlib.import_module(f"flows.{verb}")
         if self.dry_run:
             steps = module.plan(self.config) if hasattr(module, "plan") else [f"run fresco {verb} with this config"]
@@ -95,8 +104,7 @@ class Shared:
         else:
             result = call(module)
         if self.as_json:
-            sys.stdout.write(json.dumps(result, ensure_ascii=False, default=str) + "\n")
-            sys.stdout.flush()
+            os.write(stdout, (json.dumps(result, ensure_ascii=False, default=str) + "\n").encode())
 
 
 @app.command()

@@ -133,7 +133,6 @@ def _clip(out: Path, tokenizer: Any, plan: PretrainPlan) -> float:
         return float("nan")
     step(f"CLIP: {plan.clip_steps} steps of {plan.clip_batch} picture-caption pairs")
 
-
     def pairs_at(index: int) -> tuple[Tensor, list[str]]:
         return sibling_pairs(("base", "drifted"), 2, index, plan.clip_batch, 64)
 
@@ -179,8 +178,8 @@ def make_untrained(tokenizer: Any, vae: Any, seed: int) -> Parts:
         timestep_spacing="trailing",
         clip_sample=False,
     )
-    for module in (text_encoder, unet):
-        module.eval().requires_grad_(False)
+    unet.eval().requires_grad_(False)
+    text_encoder.eval().requires_grad_(False)
     return Parts("stable_diffusion", "v_prediction", tokenizer, text_encoder, unet, vae, scheduler)
 
 

@@ -25,11 +25,11 @@ from cluster.zero import choose_stage, memory_table
 from components.batches import Batch, training_batch
 from components.ema import Ema
 from components.errors import NonFiniteError
-from components.freezing import apply_plan, parameter_groups, trainable, trains_text
+from components.freezing import apply_plan, parameter_groups, trainable
 from components.models import Parts, embedded_base, load_parts, model_fingerprint
 from components.objective import Objective, make_objective, squared_error
 from components.optim import STATE_NAMES, make_optimizer, rate_factor
-from components.recipe import TrainSection
+from components.recipe import TrainSection, trains_text
 from flows.config import Config, recipe_fingerprint
 from flows.console import say, step
 from flows.encode import EncodedPaths, ensure_encoded

@@ -81,8 +81,9 @@ def make_tiny(captions: Collection[str] = ("a red circle", "a blue square")) -> 
     )
     # The transformer's pad tokens are allocated without values; a random model must give them some.
     with torch.no_grad():
-        transformer.x_pad_token.normal_(std=0.02)
-        transformer.cap_pad_token.normal_(std=0.02)
+        for name, parameter in transformer.named_parameters():
+            if name.endswith("pad_token"):
+                parameter.normal_(std=0.02)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -157,8 +158,7 @@ def text_layers(text_encoder: Any) -> Any:
 
 
 def text_final_norm(text_encoder: Any) -> None:
-    """The states are read before the final norm, so nothing but layers trains."""
-    return None
+    """Nothing: the states are read before the final norm."""
 
 
 def unused_text_prefixes(text_encoder: Any) -> tuple[str, ...]:

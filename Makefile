@@ -1,0 +1,54 @@
+# Everything a person or a CI machine runs here. `make` alone lists the targets.
+#
+#   PYTHON      the interpreter the environment is made from (3.11)
+#   VENV        where the environment lives
+#   PIP_FLAGS   more options for pip, such as another package index
+
+PYTHON    ?= $(shell command -v python3.11 || command -v python3)
+VENV      ?= .venv
+PIP_FLAGS ?=
+BIN       := $(VENV)/bin
+STAMP     := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test demo bench-train clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## make .venv with every package at its pinned version; does nothing when that is done
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: setup expected Python 3.11, found: '$(PYTHON)' ($$($(PYTHON) --version 2>&1));" \
+	       "install python3.11 with its venv module, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "setup: making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: installing the packages of constraints.txt (about 3 GB; 2 to 5 minutes the first time)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "setup: done, $(BIN)/fresco is ready"
+
+check: $(STAMP)  ## lint, format check, types
+	@echo "check: ruff, formatter, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)  ## repair what ruff can repair, and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+test: $(STAMP)  ## run every test
+	@echo "test: the whole suite on the CPU, without network; the slowest tests are listed at the end"
+	@$(BIN)/pytest --durations=15 --durations-min=1
+
+demo: $(STAMP)  ## the whole story on the built-in data: train, measure, promote, serve, draw
+	@$(BIN)/fresco demo
+
+bench-train: $(STAMP)  ## training speed beside a plain loop, and ZeRO memory beside the formula
+	@$(BIN)/python -m benchmarks.train
+
+clean:  ## remove caches and build/, never a workspace
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

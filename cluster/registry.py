@@ -1,0 +1,246 @@
+"""Which model versions exist, what made each, and which one serves: MLflow's registry through its client only.
+
+A version is a pointer to a diffusers directory in the workspace plus tags for its lineage; weights are never copied or
+pickled into MLflow. Aliases have no history and no compare-and-swap there, so they move here only: under the workspace
+lock, previous before champion (a crash in between loses nothing), and are read again after the write.
+"""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cluster.artifacts import Workspace
+from cluster.errors import RegistryError
+from cluster.lease import hold_lease
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+PREVIOUS = "previous"
+
+TAG_RUN = "fresco.run_id"
+TAG_DATASET = "fresco.dataset"
+TAG_FINGERPRINT = "fresco.fingerprint"
+TAG_BASE = "fresco.base"
+TAG_COMMIT = "fresco.commit"
+TAG_MODEL_FINGERPRINT = "fresco.model_fingerprint"
+TAG_PARENT = "fresco.parent"
+TAG_PATH = "fresco.path"
+"""Path of the pipeline inside the workspace, so that a moved workspace still finds it."""
+TAG_SINCE = "fresco.champion_since"
+
+ATTEMPTS = 3
+RETRY_AFTER_S = 0.5
+NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered model version; `source` is the directory it pointed to when it was registered."""
+
+    name: str
+    number: int
+    source: str
+    created: float
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Move:
+    """The aliases after a move; `changed` is false when the version was the champion already."""
+
+    champion: Version
+    previous: Version | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A handle on one registry; it opens the store on first use and holds no global MLflow state."""
+
+    workspace: Workspace
+    tracking_uri: str = ""
+
+    @property
+    def uri(self) -> str:
+        return self.tracking_uri or self.workspace.mlflow_uri
+
+    def by_alias(self, name: str, alias: str) -> Version | None:
+        """Return the version an alias points to, None when there is no such model or alias."""
+        if self._empty:
+            return None
+        found = self._look(lambda: self._client.get_model_version_by_alias(name, alias))
+        return None if found is None else _version(found)
+
+    def by_number(self, name: str, number: int) -> Version:
+        """Return one version; RegistryError lists the numbers that exist."""
+        if not self._empty:
+            found = self._look(lambda: self._client.get_model_version(name, str(number)))
+            if found is not None:
+                return _version(found)
+        have = ", ".join(str(version.number) for version in self.versions(name)) or "none"
+        raise RegistryError(
+            f"models:/{name}/{number} expected in the registry {self.uri}, found versions: {have}; promote a run first"
+            " (fresco promote RUN_ID)"
+        )
+
+    def versions(self, name: str) -> list[Version]:
+        """Return every version of a model, oldest first."""
+        if self._empty:
+            return []
+        query = "name='" + name.replace("'", "\\'") + "'"
+        found, token = [], None
+        while True:
+            page = self._call(partial(self._client.search_model_versions, query, page_token=token))
+            found += [_version(entry) for entry in page]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: version.number)
+
+    def register(
+        self, name: str, pipeline_dir: Path, tags: Mapping[str, str], mlflow_run_id: str | None = None
+    ) -> Version:
+        """Make a version that points to `pipeline_dir`; the version with the same run and weights is returned instead.
+
+        `tags` must hold the model's fingerprint (TAG_MODEL_FINGERPRINT): that is how the same model is recognised.
+        """
+        with hold_lease(self.lock_path(name), f"register {pipeline_dir.name}"):
+            self._call(lambda: self._make_model(name))
+            for version in self.versions(name):
+                if all(version.tags.get(tag) == tags.get(tag) for tag in (TAG_RUN, TAG_MODEL_FINGERPRINT)):
+                    return version
+            made = self._call(
+                lambda: self._client.create_model_version(
+                    name,
+                    str(pipeline_dir),
+                    run_id=mlflow_run_id,
+                    tags={**tags, **self._path_tag(pipeline_dir)},
+                    await_creation_for=0,
+                )
+            )
+        return self.by_number(name, int(made.version))
+
+    def move_champion(self, name: str, number: int, owner: str, notify: Callable[[str], None] | None = None) -> Move:
+        """Point `champion` to a version and `previous` to the old champion; says so when nothing had to move."""
+        with hold_lease(self.lock_path(name), owner, notify=notify) as confirm:
+            wanted = self.by_number(name, number)
+            old = self.by_alias(name, CHAMPION)
+            if old is not None and old.number == number:
+                return Move(old, self.by_alias(name, PREVIOUS), changed=False)
+            confirm()
+            if old is not None:
+                self._set_alias(old, PREVIOUS)
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            self._call(lambda: self._client.set_model_version_tag(name, str(number), TAG_SINCE, since))
+            confirm()
+            self._set_alias(wanted, CHAMPION)
+            champion, previous = self.by_alias(name, CHAMPION), self.by_alias(name, PREVIOUS)
+        found = (champion and champion.number, previous and previous.number)
+        if champion is None or found != (number, old.number if old is not None else found[1]):
+            raise RegistryError(
+                f"aliases of {name} expected to be champion {number} after the write, found champion {found[0]} and"
+                f" previous {found[1]}: somebody else moves aliases in {self.uri}; end that and promote again"
+            )
+        return Move(champion, previous, changed=True)
+
+    def directory_of(self, version: Version) -> Path:
+        """Return the pipeline directory of a version; RegistryError when it is gone."""
+        inside = version.tags.get(TAG_PATH)
+        tried = [self.workspace.root / inside] if inside else []
+        tried.append(Path(version.source))
+        for directory in tried:
+            if directory.is_dir():
+                return directory
+        raise RegistryError(
+            f"{version.uri} expected its pipeline in {' or '.join(map(str, tried))}, found nothing there: the directory"
+            " was deleted or moved; put it back or promote another run"
+        )
+
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        from mlflow import MlflowClient
+
+        # It logs every migration of a new database, and each failed statement with a traceback that we raise anyway.
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @property
+    def _empty(self) -> bool:
+        """Looking into a registry that nobody wrote to yet must not create a database."""
+        return not self.tracking_uri and not (self.workspace.root / "mlflow.db").exists()
+
+    def lock_path(self, name: str) -> Path:
+        """The lock under which the aliases of a model move."""
+        return self.workspace.root / "locks" / f"aliases-{name}.lock"
+
+    def _path_tag(self, directory: Path) -> dict[str, str]:
+        inside = directory.resolve().is_relative_to(self.workspace.root)
+        return {TAG_PATH: str(directory.resolve().relative_to(self.workspace.root))} if inside else {}
+
+    def _make_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _set_alias(self, version: Version, alias: str) -> None:
+        self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
+
+    def _look(self, read: Callable[[], T]) -> T | None:
+        """Run a read whose 'there is none' is an answer."""
+        from mlflow.exceptions import MlflowException
+
+        def none_if_absent() -> T | None:
+            try:
+                return read()
+            except MlflowException as error:
+                if error.error_code in NO_SUCH:
+                    return None
+                raise
+
+        return self._call(none_if_absent)
+
+    def _call(self, action: Callable[[], T]) -> T:
+        """Run one client call; a busy store is tried again a few times, everything else becomes a RegistryError."""
+        from mlflow.exceptions import MlflowException
+
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # the store's own queries, not ours
+                    return action()
+            except MlflowException as error:
+                if error.error_code == "TEMPORARILY_UNAVAILABLE" and attempt < ATTEMPTS:
+                    logging.getLogger(__name__).warning("registry %s is busy (attempt %d)", self.uri, attempt)
+                    time.sleep(RETRY_AFTER_S * attempt)
+                    continue
+                raise RegistryError(
+                    f"model registry expected to answer at {self.uri}, found: {str(error).splitlines()[0]}; check"
+                    " placement.tracking_uri and the free space of the workspace"
+                ) from error
+        raise AssertionError("unreachable")
+
+
+def _version(entry: Any) -> Version:
+    return Version(
+        entry.name, int(entry.version), str(entry.source), entry.creation_timestamp / 1000, dict(entry.tags or {})
+    )

@@ -1,0 +1,170 @@
+"""One endpoint: a Ray Serve replica that owns a model behind the HTTP routes of `images_api`, from start to clean end.
+
+The model comes as an importable factory and plain arguments; nothing here knows what it draws. The port is checked
+before anything starts. Serve's own queue is wider than ours, so that a full endpoint is answered in OpenAI's shape.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import EndpointError, PlacementError
+from cluster.painter_thread import PainterThread
+from cluster.placement import PlacementSection, ServeSection
+from cluster.session import local_session
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+APPLICATION = "fresco"
+SPARE_REQUESTS = 64
+"""Places at the replica beyond the drawing queue: refusals, health and model lists are answered while it is full."""
+READY_LIMIT_S = 300.0
+POLL_S = 0.25
+DRAIN_S = 30.0
+"""A drawing at work when the endpoint ends gets so long to finish."""
+REQUEST_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How a replica makes its model: an importable `module:function` and its keyword arguments (plain values)."""
+
+    factory: str
+    arguments: Mapping[str, Any]
+    name: str
+    """What clients call the model."""
+
+
+class ImagesReplica:
+    """What Serve runs: the model's thread, and the routes made around it when the replica starts."""
+
+    def __init__(self, source: ModelSource, settings: Mapping[str, Any]) -> None:
+        self.limits = ServeSection(**settings)
+        self.name = source.name
+        self.painter = PainterThread(source.factory, source.arguments, self.limits.max_queue)
+
+    def __serve_build_asgi_app__(self) -> "ASGIApp":
+        from cluster.images_api import make_app
+
+        return make_app(self.painter, self.limits, self.name)
+
+    def check_health(self) -> None:
+        """Let Serve start a fresh replica when the model could not be loaded."""
+        if self.painter.state == "failed":
+            raise EndpointError(f"the model could not be loaded: {self.painter.error}")
+
+
+@contextmanager
+def endpoint(source: ModelSource, settings: ServeSection, placement: PlacementSection) -> Iterator[str]:
+    """Serve a model for the length of the block; yields the URL once a first picture was drawn.
+
+    Starts Ray (or shares the running one). PlacementError, before anything starts, when the port cannot be had;
+    EndpointError when the model does not become ready.
+    """
+    port = find_port(settings.host, settings.port)
+    # Training's needs must not decide whether an endpoint fits.
+    room = {"workers": 1, "cpus_per_worker": settings.cpus_per_replica, "gpus_per_worker": settings.gpus_per_replica}
+    import ray
+
+    shared = ray.is_initialized()
+    with local_session(placement.model_copy(update=room)):
+        try:
+            _deploy(source, settings, port)
+            url = url_of(settings.host, port)
+            wait_until_ready(url)
+            yield url
+        finally:
+            _remove(shared)
+
+
+def _deploy(source: ModelSource, settings: ServeSection, port: int) -> None:
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.schema import LoggingConfig
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    http = HTTPOptions(host=settings.host, port=port)
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+    as_deployment = serve.deployment(
+        name="images",
+        num_replicas=1,
+        max_ongoing_requests=settings.max_queue + 1 + SPARE_REQUESTS,
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=quiet,
+    )
+    images = as_deployment(serve.ingress()(ImagesReplica)).bind(source, settings.model_dump())
+    serve.run(images, name=APPLICATION, route_prefix="/")
+
+
+def _remove(shared: bool) -> None:
+    """Drain and end the replica. Serve itself ends with the Ray session, or here when that goes on in this process.
+
+    On a cluster that was joined, Serve stays: other applications may run on it.
+    """
+    from ray import serve
+
+    serve.delete(APPLICATION)
+    if shared:
+        serve.shutdown()
+
+
+def find_port(host: str, port: int) -> int:
+    """Return `port`, or a free one for 0; PlacementError when it is taken or the host is not this machine's."""
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with closing(socket.socket(address[0], socket.SOCK_STREAM)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address[4])
+            probe.listen(1)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise PlacementError(
+            f"serve.port expected to be free on serve.host, found {host}:{port} not usable: {error.strerror or error};"
+            " end what listens there, or choose another with --set serve.port=0 (0 takes a free one)"
+        ) from error
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address at which this machine reaches an endpoint bound to `host`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def readiness(url: str) -> dict[str, Any] | None:
+    """Ask an endpoint for its state, model version, dataset and run; None when nothing of ours answers."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url}/readyz", timeout=REQUEST_TIMEOUT_S, trust_env=False)
+        status = answer.json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    return status if isinstance(status, dict) and "status" in status else None
+
+
+def wait_until_ready(url: str, limit_s: float = READY_LIMIT_S, notify: Callable[[str], None] | None = None) -> None:
+    """Wait for the first drawing; EndpointError with the model's own words when it fails, or past the limit."""
+    start = time.monotonic()
+    while True:
+        status = readiness(url) or {"status": "not answering"}
+        if status["status"] == "ready":
+            return
+        waited_s = time.monotonic() - start
+        if status["status"] == "failed":
+            raise EndpointError(f"endpoint expected to load its model and draw, found: {status['error']}")
+        if waited_s > limit_s:
+            raise EndpointError(
+                f"endpoint expected to be ready at {url} within {limit_s:.0f} s, found it {status['status']}; see"
+                " Ray's logs under its temporary folder (logs/serve)"
+            )
+        if notify is not None:
+            notify(f"the endpoint is {status['status']}: {waited_s:.0f} s of at most {limit_s:.0f} s")
+        time.sleep(POLL_S)

@@ -1,0 +1,240 @@
+"""fresco serve: put the champion behind HTTP, in this terminal or detached, one endpoint for each workspace.
+
+In order: find the champion, refuse what cannot work (no champion, a port in use), start, draw a first picture, write
+`endpoint.json`, wait to be ended, clean up. Who serves is known by a lease, so a dead server's file fools nobody.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flows
+from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
+from cluster.errors import EndpointError, RegistryError
+from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
+from cluster.registry import CHAMPION, Registry, Version
+from cluster.serving import DRAIN_S, READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
+from flows.config import Config
+from flows.console import say, step
+
+POLL_S = 0.25
+TELL_EVERY_S = 5.0
+LOOK_EVERY_S = 5.0
+UNREACHABLE_LIMIT_S = 60.0
+END_LIMIT_S = DRAIN_S + 60.0
+LOG_TAIL_LINES = 15
+
+
+def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, Any]:
+    """Serve the champion until SIGINT or SIGTERM; `detach` returns once it answers, `stop` ends the running one."""
+    workspace = open_workspace(config.workspace)
+    if stop:
+        return _stop(workspace)
+    champion = _champion(config, workspace)
+    running = endpoint_of(workspace)
+    if running is not None and running["model_version"] == champion.number:
+        say(f"the endpoint runs already: {running['url']} serves {champion.uri}")
+        return _result(running)
+    if running is not None:
+        say(f"{running['url']} serves version {running['model_version']}; it is ended and started with {champion.uri}")
+        _stop(workspace)
+    find_port(config.serve.host, config.serve.port)
+    if detach:
+        return _result(_detach(config, workspace))
+    return _result(_serve_here(config, workspace))
+
+
+def plan(config: Config) -> list[str]:
+    """Say what `run` would do."""
+    port = config.serve.port or "a free port"
+    return [
+        f"find models:/{config.name}@{CHAMPION} and check that its weights are those that were promoted",
+        f"start Ray with a replica of {config.serve.cpus_per_replica:g} CPU and {config.serve.gpus_per_replica:g} GPU",
+        f"draw a first picture, then answer on {config.serve.host}, {port}, until ended",
+    ]
+
+
+def endpoint_of(workspace: Workspace) -> dict[str, Any] | None:
+    """Return endpoint.json {url, pid, model_version, since} of a live server, None when none runs (yet)."""
+    record = read_json(_record(workspace))
+    holder = server_of(workspace)
+    return record if record is not None and holder is not None and holder.pid == record["pid"] else None
+
+
+def server_of(workspace: Workspace) -> Lease | None:
+    """Return the lease of the process that serves, or is about to serve, this workspace."""
+    return read_lease(_lock(workspace))
+
+
+def _champion(config: Config, workspace: Workspace) -> Version:
+    champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
+    if champion is not None:
+        return champion
+    runs = sorted(workspace.runs.glob("*/record.json"), key=lambda path: path.stat().st_mtime)
+    which = runs[-1].parent.name if runs else "RUN_ID (fresco train makes a run)"
+    raise RegistryError(
+        f"models:/{config.name}@champion expected in the registry, found no champion; run: fresco promote {which}"
+    )
+
+
+def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
+    """Block while the endpoint runs."""
+    from flows.models import resolve_model
+    from flows.paint import FACTORY, painter_arguments
+
+    with _ended_by_signals() as listen, hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
+        model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
+        step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
+        say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
+        device = "cuda" if config.serve.gpus_per_replica else "cpu"
+        source = ModelSource(FACTORY, painter_arguments(config, model, device), config.name)
+        with endpoint(source, config.serve, config.placement) as url:
+            listen()
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            record = {"url": url, "pid": os.getpid(), "model_version": model.version, "since": since}
+            write_json_atomic(_record(workspace), record)
+            _say_ready(record)
+            try:
+                _watch(url, confirm)
+            except KeyboardInterrupt:
+                say("ending: drawings at work are finished first")
+            finally:
+                _record(workspace).unlink(missing_ok=True)
+    return record
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[Any]:
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt too; yields a function that does so again (Ray sets its own)."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def listen() -> None:
+        for number in signals:
+            signal.signal(number, signal.default_int_handler)
+
+    listen()
+    try:
+        yield listen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(url: str, confirm: Any) -> None:
+    """Wait for ever, as long as the endpoint answers and the lease is ours."""
+    answered = time.monotonic()
+    while True:
+        time.sleep(LOOK_EVERY_S)
+        confirm()
+        if readiness(url) is not None:
+            answered = time.monotonic()
+        elif time.monotonic() - answered > UNREACHABLE_LIMIT_S:
+            raise EndpointError(
+                f"endpoint expected to answer at {url}, found no answer for {UNREACHABLE_LIMIT_S:.0f} s: Ray or the"
+                " replica is gone; start it again with: fresco serve"
+            )
+
+
+def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
+    """Start the same verb as the leader of its own session and wait until it is ready."""
+    folder = workspace.root / "serving"
+    written = config.model_copy(update={"workspace": str(workspace.root)}).model_dump(mode="json")
+    write_json_atomic(folder / "config.yaml", written)  # JSON is YAML
+    log = folder / "serve.log"
+    package = str(Path(flows.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # The workspace is named too: FRESCO_WORKSPACE in the environment would win over the file.
+    options = ["--config", str(folder / "config.yaml"), "--workspace", str(workspace.root)]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "flows", "serve", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+    step(f"starting the endpoint in process {child.pid}; its log is {log}")
+    try:
+        record = _wait_for_child(child, workspace, log)
+    except BaseException:
+        child.terminate()
+        child.wait(END_LIMIT_S)
+        raise
+    child.returncode = 0  # it outlives this process on purpose
+    _say_ready(record)
+    say(f"end it with: fresco serve --stop --workspace {config.workspace}")
+    return record
+
+
+def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log: Path) -> dict[str, Any]:
+    start = told = time.monotonic()
+    while True:
+        record = endpoint_of(workspace)
+        if record is not None and record["pid"] == child.pid:
+            return record
+        now = time.monotonic()
+        if child.poll() is not None:
+            raise EndpointError(f"endpoint expected to start, found it ended ({child.returncode}):\n{_tail(log)}")
+        if now - start > READY_LIMIT_S:
+            raise EndpointError(f"endpoint expected within {READY_LIMIT_S:.0f} s, found it not ready:\n{_tail(log)}")
+        if now - told >= TELL_EVERY_S:
+            told = now
+            last = _tail(log, 1) or "starting"
+            say(f"waiting for the endpoint: {now - start:.0f} s of at most {READY_LIMIT_S:.0f} s: {last}")
+        time.sleep(POLL_S)
+
+
+def _stop(workspace: Workspace) -> dict[str, Any]:
+    """End the server of this workspace; the lease says which process that is, so no stranger is ended."""
+    record = read_json(_record(workspace)) or {"url": None, "model_version": None}
+    holder = server_of(workspace)
+    if holder is None:
+        _record(workspace).unlink(missing_ok=True)
+        say(f"no endpoint runs for {workspace.root}")
+        return {**_result({**record, "pid": None}), "stopped": False}
+    if holder.host != os.uname().nodename:
+        raise EndpointError(f"endpoint expected on this machine, found {describe(holder)}; end it there")
+    os.kill(holder.pid, signal.SIGTERM)
+    say(f"ending process {holder.pid} (at most {END_LIMIT_S:.0f} s)")
+    start = time.monotonic()
+    while process_is(holder.pid, holder.pid_started):
+        if time.monotonic() - start > END_LIMIT_S:
+            raise EndpointError(
+                f"endpoint expected to end within {END_LIMIT_S:.0f} s, found process {holder.pid} still there; end it"
+                f" with: kill -9 {holder.pid}"
+            )
+        time.sleep(POLL_S)
+    _record(workspace).unlink(missing_ok=True)
+    return {**_result({**record, "pid": holder.pid}), "stopped": True}
+
+
+def _say_ready(record: dict[str, Any]) -> None:
+    say(f"ready: {record['url']} serves version {record['model_version']} (docs: {record['url']}/docs)")
+    body = json.dumps({"prompt": "a small red circle on a blue background", "seed": 1})
+    say(f"  curl {record['url']}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'")
+
+
+def _result(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record.get(key) for key in ("url", "model_version", "pid")}
+
+
+def _record(workspace: Workspace) -> Path:
+    return workspace.root / "endpoint.json"
+
+
+def _lock(workspace: Workspace) -> Path:
+    return workspace.root / "locks" / "endpoint.lock"
+
+
+def _tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
+    written = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(written[-lines:])

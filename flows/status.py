@@ -1,0 +1,72 @@
+"""fresco status: what serves, why, since when, what served before, and whether the endpoint answers."""
+
+import time
+from typing import Any
+
+from cluster.artifacts import open_workspace, read_journal
+from cluster.lease import Lease, read_lease
+from cluster.registry import CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
+from cluster.serving import readiness
+from flows.config import Config
+from flows.console import say
+from flows.serve import endpoint_of
+
+NUM_DECISIONS = 10
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Look at the registry, the lock, the endpoint and the journal; changes nothing."""
+    workspace = open_workspace(config.workspace)
+    registry = Registry(workspace, config.placement.tracking_uri)
+    endpoint = endpoint_of(workspace)
+    found = {
+        "champion": _version(registry.by_alias(config.name, CHAMPION)),
+        "previous": _version(registry.by_alias(config.name, PREVIOUS)),
+        "lease": _lease(read_lease(registry.lock_path(config.name))),
+        "endpoint": None if endpoint is None else {**endpoint, **_state(endpoint["url"])},
+        "decisions": read_journal(workspace)[-NUM_DECISIONS:],
+    }
+    _tell(config, found)
+    return found
+
+
+def _version(version: Version | None) -> dict[str, Any] | None:
+    if version is None:
+        return None
+    known = {"dataset": TAG_DATASET, "run_id": TAG_RUN, "since": TAG_SINCE}
+    return {"version": version.number, **{key: version.tags.get(tag) for key, tag in known.items()}}
+
+
+def _lease(lease: Lease | None) -> dict[str, Any] | None:
+    if lease is None:
+        return None
+    return {"owner": lease.owner, "pid": lease.pid, "host": lease.host, "held_s": round(time.time() - lease.since, 1)}
+
+
+def _state(url: str) -> dict[str, Any]:
+    answer = readiness(url)
+    return {"status": "not answering" if answer is None else answer["status"]}
+
+
+def _tell(config: Config, found: dict[str, Any]) -> None:
+    champion, previous, endpoint = found["champion"], found["previous"], found["endpoint"]
+    if champion is None:
+        say(f"no champion of {config.name} in {config.workspace}; next: fresco promote RUN_ID")
+    else:
+        say(
+            f"champion   version {champion['version']} since {champion['since']}"
+            f" (run {champion['run_id']}, dataset {champion['dataset']})"
+        )
+    if previous is not None:
+        say(f"previous   version {previous['version']} (run {previous['run_id']}, dataset {previous['dataset']})")
+    if found["lease"] is not None:
+        say(f"lock       held by {found['lease']['owner']} for {found['lease']['held_s']} s")
+    if endpoint is None:
+        say("endpoint   none; next: fresco serve --detach")
+    else:
+        say(f"endpoint   {endpoint['url']} {endpoint['status']}, version {endpoint['model_version']}")
+        if champion is not None and endpoint["model_version"] != champion["version"]:
+            say("           it does not serve the champion; next: fresco serve --detach")
+    for line in found["decisions"]:
+        numbers = {key: value for key, value in line.items() if key not in ("time", "event", "reasons", "scorecard")}
+        say(f"  {line['time']} {line['event']} {' '.join(f'{key}={value}' for key, value in numbers.items())}")

@@ -1,0 +1,223 @@
+"""The HTTP face without Ray: every refusal with its status and OpenAI's error shape, every limit named."""
+
+import asyncio
+import base64
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.images_api import ApiError, make_app
+from cluster.painter_thread import QueueFullError
+from cluster.placement import ServeSection
+
+LIMITS = ServeSection(max_images=4, max_prompt_chars=50, max_steps=30, max_side_px=64, max_queue=3, max_body_bytes=2048)
+INFO = {"width_px": 16, "height_px": 24, "size_multiple_px": 8, "min_side_px": 16, "created": 5}
+INFO |= {"model_version": 7, "dataset": "emblèmes@0123", "run_id": "fresco-1"}
+ROUTE = "/v1/images/generations"
+
+
+class QuickPainter:
+    """Stands where PainterThread does: answers with the rows it was given."""
+
+    state = "ready"
+    error = ""
+    retry_after_s = 7
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.info = dict(INFO)
+        self.fault = fault
+        self.rows: list[Mapping[str, Any]] = []
+
+    async def draw(self, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        if self.fault:
+            raise self.fault
+        self.rows = list(rows)
+        return [json.dumps(row).encode() for row in rows]
+
+
+def ask(painter: QuickPainter, method: str, path: str, **content: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        app = make_app(painter, LIMITS, "fresco")  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **content)
+
+    return asyncio.run(send())
+
+
+def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)
+
+
+def test_request_with_only_a_prompt_takes_every_default() -> None:
+    painter = QuickPainter()
+    answer = ask(painter, "POST", ROUTE, json={"prompt": "ein roter Kreis ☀", "size": None, "n": None, "user": "me"})
+    assert answer.status_code == 200
+    row = dict(painter.rows[0])
+    assert 0 <= row.pop("seed") < 2**32
+    assert row == {
+        "prompt": "ein roter Kreis ☀",
+        "negative_prompt": "",
+        "steps": LIMITS.default_steps,
+        "guidance_scale": LIMITS.default_guidance_scale,
+        "width_px": 16,
+        "height_px": 24,
+    }
+
+
+def test_answer_carries_pictures_seeds_and_provenance() -> None:
+    painter = QuickPainter()
+    asked = {
+        "prompt": "x",
+        "n": 3,
+        "seed": 40,
+        "steps": 5,
+        "guidance_scale": 0,
+        "size": "32x48",
+        "negative_prompt": "y",
+    }
+    answer = ask(painter, "POST", ROUTE, json=asked | {"response_format": "b64_json", "model": "fresco"})
+    body = answer.json()
+    assert [row["seed"] for row in painter.rows] == body["seeds"] == [40, 41, 42]
+    assert json.loads(base64.b64decode(body["data"][2]["b64_json"])) == painter.rows[2]
+    assert painter.rows[0]["negative_prompt"] == "y" and painter.rows[0]["guidance_scale"] == 0
+    assert body["data"][0]["revised_prompt"] is None and body["created"] > 0
+    assert (body["seed"], body["size"], body["output_format"]) == (40, "32x48", "png")
+    assert (body["model_version"], body["dataset"], body["run_id"]) == (7, "emblèmes@0123", "fresco-1")
+    assert answer.headers["x-fresco-model-version"] == "7"
+    assert answer.headers["x-fresco-dataset"] == "embl%C3%A8mes@0123"
+
+
+def test_seeds_differ_between_requests_that_name_none() -> None:
+    seeds = {ask(QuickPainter(), "POST", ROUTE, json={"prompt": "x"}).json()["seed"] for _ in range(5)}
+    assert len(seeds) == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code", "said"),
+    [
+        ({"prompt": ""}, "prompt", "empty_string", "1 to 50 characters"),
+        ({"prompt": "x" * 51}, "prompt", "string_above_max_length", "found 51"),
+        ({"prompt": "a\x00b"}, "prompt", "invalid_value", "NUL"),
+        ({"prompt": 5}, "prompt", "invalid_value", "string"),
+        ({"prompt": None}, "prompt", "invalid_value", "string"),
+        ({"negative_prompt": "x" * 51}, "negative_prompt", "string_above_max_length", "serve.max_prompt_chars"),
+        ({"n": 0}, "n", "invalid_value", "expected 1 to 4, found 0"),
+        ({"n": 5}, "n", "invalid_value", "expected 1 to 4, found 5"),
+        ({"n": "2"}, "n", "invalid_value", "integer"),
+        ({"n": True}, "n", "invalid_value", "integer"),
+        ({"seed": -1}, "seed", "invalid_value", "found -1"),
+        ({"seed": 2**53}, "seed", "invalid_value", "9007199254740991"),
+        ({"steps": 31}, "steps", "invalid_value", "expected 1 to 30"),
+        ({"steps": 2.5}, "steps", "invalid_value", "integer"),
+        ({"guidance_scale": 31}, "guidance_scale", "invalid_value", "expected 0 to 30"),
+        ({"size": "100x100"}, "size", "invalid_value", "multiples of 8 from 16 to 64"),
+        ({"size": "65x64"}, "size", "invalid_value", "the model's own size is 16x24"),
+        ({"size": "8x16"}, "size", "invalid_value", "from 16"),
+        ({"size": "big"}, "size", "invalid_value", "'big'"),
+        ({"size": "16x16x16"}, "size", "invalid_value", "WIDTHxHEIGHT"),
+        ({"response_format": "url"}, "response_format", "unsupported_value", "b64_json"),
+        ({"output_format": "webp"}, "output_format", "invalid_value", "png"),
+        ({"stream": True}, "stream", "invalid_value", "False"),
+        ({"sed": 1}, "sed", "unknown_parameter", "nearest: 'seed'"),
+    ],
+)
+def test_wrong_field_is_named_with_its_limit(fields: dict[str, Any], param: str, code: str, said: str) -> None:
+    painter = QuickPainter()
+    error = refusal(ask(painter, "POST", ROUTE, json={"prompt": "x"} | fields), 400)
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert said in error["message"]
+    assert painter.rows == []
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "param"),
+    [
+        (b"{", "invalid_json", None),
+        (b"", "invalid_json", None),
+        (b"[1]", "invalid_json", None),
+        (b"\xff\xfe", "invalid_json", None),
+        (b"{}", "missing_required_parameter", "prompt"),
+        (b'{"prompt": "\\ud800"}', "invalid_value", "prompt"),
+        (b'{"prompt": "x", "\\ud800": 1}', "invalid_json", None),
+        (b'{"prompt": "x", "guidance_scale": NaN}', "invalid_value", "guidance_scale"),
+    ],
+)
+def test_wrong_body_is_refused_in_openai_shape(content: bytes, code: str, param: str | None) -> None:
+    answer = ask(QuickPainter(), "POST", ROUTE, content=content, headers={"content-type": "application/json"})
+    error = refusal(answer, 400)
+    assert (error["code"], error["param"]) == (code, param)
+
+
+def test_body_over_the_limit_is_refused_announced_or_not() -> None:
+    async def parts() -> Any:
+        for _ in range(10):
+            yield b'{"prompt":' + b" " * 500
+
+    headers = {"content-type": "application/json"}
+    for content in (b" " * 2049, parts()):
+        error = refusal(ask(QuickPainter(), "POST", ROUTE, content=content, headers=headers), 413)
+        assert "at most 2048 bytes (serve.max_body_bytes)" in error["message"]
+        assert error["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", ROUTE, 405), ("POST", "/", 404)])
+def test_unknown_route_or_method_is_refused_in_openai_shape(method: str, path: str, status: int) -> None:
+    error = refusal(ask(QuickPainter(), method, path), status)
+    assert path in error["message"] and error["code"] in ("not_found", "method_not_allowed")
+
+
+def test_model_of_another_name_is_not_found() -> None:
+    error = refusal(ask(QuickPainter(), "POST", ROUTE, json={"prompt": "x", "model": "dall-e-3"}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "fresco or models:/fresco/7" in error["message"]
+    assert ask(QuickPainter(), "POST", ROUTE, json={"prompt": "x", "model": "models:/fresco/7"}).status_code == 200
+    assert refusal(ask(QuickPainter(), "GET", "/v1/models/other"), 404)["code"] == "model_not_found"
+
+
+def test_full_queue_is_429_with_retry_after() -> None:
+    answer = ask(QuickPainter(QueueFullError("3 requests are waiting already")), "POST", ROUTE, json={"prompt": "x"})
+    error = refusal(answer, 429)
+    assert answer.headers["retry-after"] == "7"
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+    assert "serve.max_queue=3" in error["message"]
+
+
+def test_drawing_that_fails_is_500_once() -> None:
+    answer = ask(QuickPainter(ValueError("latents are not finite")), "POST", ROUTE, json={"prompt": "x"})
+    error = refusal(answer, 500)
+    assert error["type"] == "server_error" and "latents are not finite" in error["message"]
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_endpoint_that_still_loads_is_alive_but_not_ready() -> None:
+    painter = QuickPainter()
+    painter.state = "loading"
+    painter.info = {}
+    assert ask(painter, "GET", "/healthz").status_code == 200
+    assert ask(painter, "GET", "/readyz").status_code == 503
+    answer = ask(painter, "POST", ROUTE, json={"prompt": "x"})
+    assert refusal(answer, 503)["code"] == "model_loading" and answer.headers["retry-after"]
+
+
+def test_models_ready_and_documentation_answer() -> None:
+    models = ask(QuickPainter(), "GET", "/v1/models").json()
+    assert models["object"] == "list" and models["data"][0]["id"] == "fresco"
+    assert models["data"][0]["model_version"] == 7
+    assert ask(QuickPainter(), "GET", "/v1/models/fresco").json()["owned_by"] == "fresco"
+    assert ask(QuickPainter(), "GET", "/readyz").json()["status"] == "ready"
+    described = ask(QuickPainter(), "GET", "/openapi.json").json()
+    assert "guidance_scale" in described["components"]["schemas"]["ImagesRequest"]["properties"]
+    assert ask(QuickPainter(), "GET", "/docs").status_code == 200
+
+
+def test_api_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(ApiError("message", "size", "invalid_value", 404)))
+    assert (str(error), error.param, error.status) == ("message", "size", 404)

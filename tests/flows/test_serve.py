@@ -1,0 +1,128 @@
+"""serve: refusals before anything starts, and one detached server from start to clean end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cluster.artifacts import open_workspace
+from cluster.errors import EndpointError, PlacementError, RegistryError
+from cluster.lease import hold_lease, process_is, read_lease
+from cluster.registry import TAG_MODEL_FINGERPRINT, Registry
+from cluster.serving import readiness
+from flows import generate, serve, status
+from flows.config import Config
+from flows.generate import Wish
+from flows.models import resolve_model
+
+
+def set_champion(config: Config, run_id: str) -> int:
+    registry = Registry(open_workspace(config.workspace))
+    found = resolve_model(config, run_id)
+    tags = {**found.lineage, TAG_MODEL_FINGERPRINT: found.fingerprint}
+    number = registry.register("fresco", found.directory, tags).number
+    registry.move_champion("fresco", number, "test")
+    return number
+
+
+@pytest.fixture
+def ended(config: Config) -> Iterator[None]:
+    """End the detached server whatever the test found."""
+    yield
+    serve.run(config, stop=True)
+
+
+def test_without_a_champion_the_command_that_makes_one_is_told(config: Config, make_run) -> None:
+    with pytest.raises(RegistryError, match=r"found no champion; run: fresco promote RUN_ID \(fresco train makes"):
+        serve.run(config)
+    make_run("fresco-aaa", 0)
+    with pytest.raises(RegistryError, match=r"run: fresco promote fresco-aaa$"):
+        serve.run(config, detach=True)
+
+
+def test_port_in_use_is_refused_before_anything_starts(config: Config, make_run) -> None:
+    make_run("fresco-aaa", 0)
+    set_champion(config, "fresco-aaa")
+    workspace = open_workspace(config.workspace)
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        taken = config.model_copy(update={"serve": config.serve.model_copy(update={"port": port})})
+        for detach in (False, True):
+            with pytest.raises(PlacementError, match=f"127.0.0.1:{port} not usable: Address already in use"):
+                serve.run(taken, detach=detach)
+    assert not (workspace.root / "serving").exists() and not (workspace.root / "endpoint.json").exists()
+
+
+def test_stop_without_a_server_says_so_and_removes_what_a_dead_one_left(config: Config, capsys) -> None:
+    record = open_workspace(config.workspace).root / "endpoint.json"
+    record.write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": os.getpid(), "model_version": 1}))
+    assert serve.run(config, stop=True) == {
+        "url": "http://127.0.0.1:9",
+        "model_version": 1,
+        "pid": None,
+        "stopped": False,
+    }
+    assert not record.exists() and "no endpoint runs" in capsys.readouterr().err
+
+
+def test_detached_server_that_cannot_start_shows_the_end_of_its_log(config: Config, make_run) -> None:
+    make_run("fresco-aaa", 0)
+    set_champion(config, "fresco-aaa")
+    lock = open_workspace(config.workspace).root / "locks" / "endpoint.lock"
+    with (
+        hold_lease(lock, "another server that is starting"),
+        pytest.raises(EndpointError, match=r"(?s)found it ended \(1\):.*held by another server that is starting"),
+    ):
+        serve.run(config, detach=True)
+
+
+def test_detached_server_serves_says_so_and_ends(config: Config, make_run, tmp_path: Path, ended: None) -> None:
+    make_run("fresco-aaa", 0)
+    version = set_champion(config, "fresco-aaa")
+    # As a shell would: the caller's process is gone while the server goes on.
+    written = tmp_path / "config.yaml"
+    written.write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "flows", "serve", "--config", str(written), "--detach", "--json"]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert asked.returncode == 0, asked.stderr
+    answer = json.loads(asked.stdout)
+    assert answer["model_version"] == version and set(answer) == {"url", "model_version", "pid"}
+    assert readiness(answer["url"]) == {
+        "status": "ready",
+        "error": "",
+        "model_version": version,
+        "dataset": "emblems@0123456789ab",
+        "run_id": "fresco-aaa",
+    }
+    assert f"curl {answer['url']}/v1/images/generations" in asked.stderr
+
+    assert serve.run(config, detach=True) == answer, "a second `serve` finds the first"
+    seen = status.run(config)["endpoint"]
+    assert (seen["url"], seen["pid"], seen["status"]) == (answer["url"], answer["pid"], "ready")
+
+    drawn = generate.run(config, ["a red circle"], str(tmp_path / "out"), Wish(seed=3, n=2))
+    here = generate.run(config, ["a red circle"], str(tmp_path / "here"), Wish(seed=3), model="models:/fresco@champion")
+    assert drawn["model_version"] == here["model_version"] == version and drawn["seeds"] == [3, 4]
+    with Image.open(drawn["files"][0]) as remote, Image.open(here["files"][0]) as local:
+        assert remote.text == local.text
+        # Two rows in one batch there, one row here: values move by about 1e-6, which can turn one rounding.
+        assert max(abs(a - b) for a, b in zip(remote.tobytes(), local.tobytes(), strict=True)) <= 1
+    with pytest.raises(EndpointError, match="found status 400: n expected 1 to 3, found 9"):
+        generate.run(config, ["x"], str(tmp_path / "out"), Wish(n=9))
+
+    lock = open_workspace(config.workspace).root / "locks" / "endpoint.lock"
+    lease = read_lease(lock)
+    assert lease is not None and lease.pid == answer["pid"]
+    assert serve.run(config, stop=True) == {**answer, "stopped": True}
+    assert not process_is(lease.pid, lease.pid_started)
+    assert readiness(answer["url"]) is None
+    assert not (open_workspace(config.workspace).root / "endpoint.json").exists()

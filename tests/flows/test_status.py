@@ -1,0 +1,68 @@
+"""status: what it says about an empty workspace, a champion, a held lock, and a server that died."""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from cluster.artifacts import append_journal, open_workspace, write_json_atomic
+from cluster.lease import hold_lease
+from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
+from flows import status
+from flows.config import Config
+from flows.serve import server_of
+
+
+def champion_of(config: Config, *run_ids: str) -> None:
+    workspace = open_workspace(config.workspace)
+    registry = Registry(workspace)
+    for run_id in run_ids:
+        directory = workspace.run_dir(run_id) / "pipeline"
+        directory.mkdir(parents=True)
+        tags = {TAG_RUN: run_id, TAG_DATASET: f"data of {run_id}", TAG_MODEL_FINGERPRINT: run_id}
+        registry.move_champion("fresco", registry.register("fresco", directory, tags).number, "test")
+
+
+def test_workspace_without_anything_has_nothing_and_is_left_alone(tmp_path: Path) -> None:
+    found = status.run(Config(workspace=str(tmp_path)))
+    assert found == {"champion": None, "previous": None, "lease": None, "endpoint": None, "decisions": []}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_champion_and_previous_are_told_with_their_making(config: Config, capsys) -> None:
+    champion_of(config, "a", "b")
+    found = status.run(config)
+    since = found["champion"].pop("since")
+    assert found["champion"] == {"version": 2, "dataset": "data of b", "run_id": "b"}
+    assert since.endswith("Z") and len(since) == 20
+    assert found["previous"]["version"] == 1 and found["previous"]["run_id"] == "a"
+    told = capsys.readouterr()
+    assert "champion   version 2" in told.err and "next: fresco serve --detach" in told.err and told.out == ""
+
+
+def test_last_ten_decisions_are_told_newest_last(config: Config) -> None:
+    workspace = open_workspace(config.workspace)
+    for number in range(12):
+        append_journal(workspace, "promote", champion=number)
+    assert [line["champion"] for line in status.run(config)["decisions"]] == list(range(2, 12))
+
+
+def test_holder_of_the_alias_lock_is_told(config: Config) -> None:
+    registry = Registry(open_workspace(config.workspace))
+    with hold_lease(registry.lock_path("fresco"), "promote of fresco-1"):
+        lease = status.run(config)["lease"]
+    assert lease["owner"] == "promote of fresco-1" and lease["pid"] == os.getpid() and lease["held_s"] >= 0
+    assert status.run(config)["lease"] is None
+
+
+def test_endpoint_counts_only_while_its_process_lives(config: Config) -> None:
+    workspace = open_workspace(config.workspace)
+    lock, record = workspace.root / "locks" / "endpoint.lock", workspace.root / "endpoint.json"
+    write_json_atomic(record, {"url": "http://127.0.0.1:9", "pid": os.getpid(), "model_version": 1, "since": "then"})
+    assert status.run(config)["endpoint"] is None
+    with hold_lease(lock, "fresco serve") as confirm:
+        lease = confirm()
+        endpoint = status.run(config)["endpoint"]
+    assert endpoint["url"] == "http://127.0.0.1:9" and endpoint["status"] == "not answering"
+    write_json_atomic(lock, asdict(replace(lease, pid_started=lease.pid_started - 1000)))
+    assert server_of(workspace) is None
+    assert status.run(config)["endpoint"] is None
