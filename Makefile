@@ -17,6 +17,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv with every package at its pinned version; does nothing when that is done
+	@echo "setup: $(VENV) holds the packages of constraints.txt"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
@@ -27,7 +28,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing the packages of constraints.txt (about 3 GB; 2 to 5 minutes the first time)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
-	@echo "setup: done, $(BIN)/fresco is ready"
 
 check: $(STAMP)  ## lint, format check, types
 	@echo "check: ruff, formatter, mypy"

@@ -4,6 +4,7 @@ A directory counts as complete when its `record.json` is there: it is written la
 The journal is append-only: every decision and alias move, one JSON object a line, with its numbers.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -126,10 +127,15 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def append_journal(workspace: Workspace, event: str, **numbers: Any) -> dict[str, Any]:
     """Append one event with its numbers; a single write, so that concurrent writers never interleave."""
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **numbers}
+    content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
     try:
-        descriptor = os.open(workspace.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(workspace.journal, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line cut short by a crash must not take ours
+                content = b"\n" + content
+            if os.write(descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -143,9 +149,10 @@ def read_journal(workspace: Workspace) -> list[dict[str, Any]]:
     if not workspace.journal.exists():
         return []
     events = []
-    for line in workspace.journal.read_text().splitlines():
+    # Bytes, since a crash may cut a letter in two; and not splitlines: a prompt may hold a Unicode line separator.
+    for line in workspace.journal.read_bytes().split(b"\n"):
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, UnicodeDecodeError):
             continue
     return events

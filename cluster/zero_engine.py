@@ -4,7 +4,6 @@ Where DeepSpeed's public API has a gap, the attribute used instead is named with
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ class ZeroEngine:
     """DeepSpeed with a client optimizer; see `Engine` for what each method promises."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, options: EngineOptions) -> None:
-        deepspeed = _import_deepspeed(options.device)
+        deepspeed = _import_deepspeed()
         self.options = options
         self.module = model
         self.by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -151,9 +150,8 @@ class ZeroEngine:
         }
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed() -> Any:
     """Import DeepSpeed quietly, without its compiled shared-memory collective on CPU workers."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

@@ -79,7 +79,12 @@ def family_of(directory: Path) -> ModuleType:
             f"model expected a diffusers directory (with model_index.json) at {str(directory)!r}, found {found};"
             " pass a folder written by `pipeline.save_pretrained`, or leave model.base empty for the embedded base"
         )
-    index = json.loads(index_path.read_text())
+    try:
+        index = json.loads(index_path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"model expected JSON in {str(index_path)!r}, found: {error}; copy the folder again"
+        ) from error
     for family in FAMILIES.values():
         if index.get("_class_name") in family.PIPELINES:
             return family
@@ -222,7 +227,7 @@ def _hash_folders(directory: Path, folders: list[str]) -> str:
             if path.suffix not in (".json", ".safetensors", ".txt", ".model"):
                 continue
             digest.update(f"{folder}/{path.name}\0".encode())
-            if path.name in ("config.json", "scheduler_config.json"):
+            if path.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
                 digest.update(_stable_config(path))
             else:
                 with path.open("rb") as file:
@@ -232,6 +237,6 @@ def _hash_folders(directory: Path, folders: list[str]) -> str:
 
 def _stable_config(path: Path) -> bytes:
     """A config's meaning without where it came from and which library version wrote it."""
-    volatile = ("_name_or_path", "_diffusers_version", "transformers_version")
+    volatile = ("_name_or_path", "_diffusers_version", "transformers_version", "is_local", "local_files_only")
     config = {key: value for key, value in json.loads(path.read_text()).items() if key not in volatile}
     return json.dumps(config, sort_keys=True).encode()

@@ -32,7 +32,9 @@ class Draws:
 
 def generator_at(seed: int, stream: int, step: int, position: int) -> np.random.Generator:
     """Return the generator of one sample; counters of different (step, position) are 2^128 draws apart."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, step]))
+    # Unsigned on purpose: a list with a number above 2^63 would go through float64 and lose its low bits.
+    key = np.array([seed, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, step]))
 
 
 def draws_at(seed: int, step: int, positions: Sequence[int], global_batch: int, shape: tuple[int, ...]) -> Draws:
@@ -85,7 +87,8 @@ def validation_draws(sha256: str, num_bands: int, shape: tuple[int, ...]) -> tup
 
     Band k's level is uniform in [k/bands, (k+1)/bands), so every picture is measured in every band.
     """
-    generator = np.random.Generator(np.random.Philox(key=[int(sha256[:16], 16), VALIDATION_STREAM]))
+    key = np.array([int(sha256[:16], 16), VALIDATION_STREAM], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
     level = (np.arange(num_bands) + generator.random(num_bands)) / num_bands
     noise = generator.standard_normal((num_bands, *shape), dtype=np.float32)
     return torch.from_numpy(noise), torch.from_numpy(level)

@@ -87,7 +87,7 @@ class TrainSection(Section):
     """At most so many validation pictures (the first by hash) are measured each time."""
     patience: int = Field(0, ge=0)
     """Stop after so many evaluations without a better validation loss; 0 never stops early."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Key of every random draw: order, noise, timesteps, dropout, new adapters."""
 
     @model_validator(mode="after")
@@ -101,7 +101,7 @@ class EvaluateSection(Section):
     """Test captions drawn for the picture metrics (one picture each)."""
     sampling_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(3.0, ge=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first picture; picture i uses seed + i."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples behind every bootstrap interval."""

@@ -42,7 +42,7 @@ def _clip_words(captions: Collection[str]) -> Iterable[str]:
     return (caption.lower() for caption in captions)
 
 
-def _train(captions: Iterable[str], vocab_size: int, suffix: str) -> tuple[list[str], list[tuple[str, str]]]:
+def _train(captions: Iterable[str], vocab_size: int, suffix: str) -> tuple[list[str], Any]:
     """Learn merges; return the vocabulary (every byte first, then merged pieces) and the merges in order."""
     import json
 
@@ -52,8 +52,12 @@ def _train(captions: Iterable[str], vocab_size: int, suffix: str) -> tuple[list[
     split = [pre_tokenizers.WhitespaceSplit()] if suffix else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The trainer only knows the word ends it has seen, numbered in the order of a hash table, by which it breaks ties.
+    # Given as special tokens they have fixed numbers, count towards the size, and no last letter is unknown later.
+    ends = [letter + suffix for letter in alphabet] if suffix else []
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        special_tokens=ends,
         initial_alphabet=alphabet,
         end_of_word_suffix=suffix,
         show_progress=False,
@@ -62,7 +66,5 @@ def _train(captions: Iterable[str], vocab_size: int, suffix: str) -> tuple[list[
     tokenizer.train_from_iterator(captions, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
-    # The trainer only knows word ends it has seen; without the others an unseen last letter would be unknown.
-    ends = [letter + suffix for letter in alphabet] if suffix else []
     pieces = [*alphabet, *ends, *("".join(merge) for merge in merges)]
     return list(dict.fromkeys(pieces)), merges

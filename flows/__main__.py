@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/kfd").exists():
+        # transformers imports DeepSpeed, which announces at every import that it looked for a GPU in vain.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         code = app(standalone_mode=False)
     except typer.Exit as done:
@@ -159,10 +163,11 @@ def evaluate(
     workspace: WorkspaceUri = None,
     dry_run: DryRun = False,
     as_json: Json = False,
+    dataset: Annotated[str, typer.Option(help="NAME@FINGERPRINT; default: the data MODEL was trained on.")] = "",
 ) -> None:
     """Measure MODEL on the test split: scorecard with intervals, and an HTML report."""
     shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("evaluate", lambda verb: verb.run(shared.config, model))
+    shared.run("evaluate", lambda verb: verb.run(shared.config, model, dataset))
 
 
 @app.command()

@@ -16,6 +16,7 @@ import yaml
 from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_bytes_atomic, write_json_atomic
 from cluster.errors import RegistryError
 from cluster.registry import TAG_BASE, TAG_COMMIT
+from components.dataset import DatasetVersion, load_dataset
 from components.encode import read_pictures
 from components.errors import InputError
 from components.evaluation_page import Evaluation, Side, make_grid, make_page
@@ -41,11 +42,16 @@ from flows.models import ResolvedModel, resolve_model
 from flows.prepare import ensure_dataset
 
 
-def run(config: Config, model: str) -> dict[str, Any]:
-    """Measure `model` on the test split of the current dataset version; says so when that was done before."""
+def run(config: Config, model: str, dataset: str = "") -> dict[str, Any]:
+    """Measure `model` on the test split of a dataset version; says so when that was done before.
+
+    `dataset` (name@fingerprint) chooses the version; empty takes the one the model was trained on, and for a model that
+    knows none the present one of data.source.
+    """
     workspace = open_workspace(config.workspace)
     found = resolve_model(config, model)
-    data = held_out(config, workspace, ensure_dataset(config))
+    config, version = _dataset(config, workspace, dataset or found.dataset or "")
+    data = held_out(config, workspace, version)
     encoder = ClipEncoder(config.model.clip or embedded_clip())
     base = _base_of(config, workspace, found)
     paths = _paths(workspace, found, data)
@@ -80,6 +86,22 @@ def run(config: Config, model: str) -> dict[str, Any]:
     write_json_atomic(paths["json"], record)
     _tell(record, paths)
     return _result(record, paths)
+
+
+def _dataset(config: Config, workspace: Workspace, wanted: str) -> tuple[Config, DatasetVersion]:
+    """Return the dataset version with the config at its resolution; InputError when a named one is not here."""
+    if not wanted:
+        return config, ensure_dataset(config)
+    directory = workspace.dataset_dir(wanted)
+    record = read_record(directory)
+    if record is None:
+        known = sorted(path.parent.name for path in workspace.data.glob("*/record.json"))
+        raise InputError(
+            f"expected dataset version {wanted!r} in {str(workspace.data)!r}, found {', '.join(known) or 'none'};"
+            " name one of those with --dataset"
+        )
+    section = config.data.model_copy(update={"resolution_px": record["config"]["resolution_px"]})
+    return config.model_copy(update={"data": section}), load_dataset(directory)
 
 
 def _base_of(config: Config, workspace: Workspace, found: ResolvedModel) -> ResolvedModel | None:

@@ -156,7 +156,7 @@ def _candidates(config: Config, source: Source) -> list[Candidate]:
 
 
 def _find(config: Config, source: Source) -> DatasetVersion | None:
-    workspace = Workspace(Path(config.workspace).expanduser())
+    workspace = Workspace(Path(config.workspace).expanduser().resolve())
     for directory in _complete_versions(config, workspace):
         record = artifacts.read_record(directory) or {}
         if source.snapshot in record["snapshots"]:

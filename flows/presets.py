@@ -17,15 +17,15 @@ def emblems_base() -> Config:
     return Config(
         name="fresco-tiny",
         data=DataSection(source="emblems://base?count=16000&seed=0", validation_fraction=0.02, test_fraction=0.02),
-        model=ModelSection(base="build/pretrained"),
+        model=ModelSection(base="build/pretrained/pipeline"),
         train=TrainSection(
-            steps=6000,
+            steps=3500,
             global_batch=64,
             freezing="all",
             learning_rate=LearningRate(denoiser=2e-3, text_encoder=1e-3),
             warmup_steps=100,
-            ema_decay=0.999,
-            eval_every_steps=1000,
+            ema_decay=0.998,
+            eval_every_steps=500,
         ),
         placement=PlacementSection(workers=2, zero_stage=1, checkpoint_every_steps=500),
     )

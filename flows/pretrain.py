@@ -20,6 +20,7 @@ from flows.console import live, say, step
 
 WORLDS = ("base", "drifted", "collage", "collage")
 """What the autoencoder sees in turn: half free collages, so that it can show pictures it was not made for."""
+MODULES = ("text_encoder", "denoiser", "vae")
 VOCABULARY = 1400
 MAX_TOKENS = 32
 
@@ -28,8 +29,8 @@ MAX_TOKENS = 32
 class PretrainPlan:
     """How long each part trains."""
 
-    autoencoder_steps: int = 1200
-    autoencoder_batch: int = 16
+    autoencoder_steps: int = 5000
+    autoencoder_batch: int = 8
     clip_steps: int = 1500
     clip_batch: int = 64
 
@@ -43,12 +44,12 @@ def run(config: Config, out: Path, plan: PretrainPlan | None = None) -> dict[str
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer()
     vae, l1 = _autoencoder(config, out, plan)
-    clip_accuracy = _clip(out, tokenizer, plan)
     step("writing the pipeline with an untrained denoiser")
     parts = make_untrained(tokenizer, vae, config.train.seed)
     save_parts(parts, out / "pipeline")
-    counts = {name: sum(p.numel() for p in getattr(parts, name).parameters()) for name in _MODULES}
+    counts = {name: sum(p.numel() for p in getattr(parts, name).parameters()) for name in MODULES}
     say(f"parameters: {counts}")
+    clip_accuracy = _clip(out, tokenizer, plan)
     return {
         "pipeline": str(out / "pipeline"),
         "clip": str(out / "clip"),
@@ -56,9 +57,6 @@ def run(config: Config, out: Path, plan: PretrainPlan | None = None) -> dict[str
         "clip_accuracy": clip_accuracy,
         "parameters": counts,
     }
-
-
-_MODULES = ("text_encoder", "denoiser", "vae")
 
 
 def _make_tokenizer() -> Any:
@@ -105,7 +103,7 @@ def _autoencoder(config: Config, out: Path, plan: PretrainPlan) -> tuple[Any, fl
 
     def on_step(index: int, loss: float) -> None:
         live(f"autoencoder step {index + 1}/{plan.autoencoder_steps} l1 {loss:.4f}")
-        if index % 50 == 49:
+        if index % 250 == 249:
             say(f"autoencoder step {index + 1}/{plan.autoencoder_steps} l1 {loss:.4f}")
 
     train_autoencoder(vae, batch_at, AutoencoderPlan(plan.autoencoder_steps, plan.autoencoder_batch), on_step)
@@ -159,7 +157,7 @@ def make_untrained(tokenizer: Any, vae: Any, seed: int) -> Parts:
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        unet = UNet2DConditionModel(
+        unet: Any = UNet2DConditionModel(
             sample_size=8,
             in_channels=vae.config.latent_channels,
             out_channels=vae.config.latent_channels,
@@ -176,6 +174,7 @@ def make_untrained(tokenizer: Any, vae: Any, seed: int) -> Parts:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
     )
     unet.eval().requires_grad_(False)

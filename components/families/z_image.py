@@ -67,7 +67,7 @@ def make_tiny(captions: Collection[str] = ("a red circle", "a blue square")) -> 
             max_position_embeddings=64,
         )
     )
-    transformer = ZImageTransformer2DModel(
+    transformer: Any = ZImageTransformer2DModel(
         all_patch_size=(2,),
         in_channels=4,
         dim=32,

@@ -1,0 +1,74 @@
+"""The batch arithmetic and the placements that can never run."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cluster.errors import PlacementError
+from cluster.placement import BatchPlan, PlacementSection, ServeSection, check_placement, plan_batch
+
+
+@given(workers=st.integers(1, 16), micro=st.integers(1, 16), accumulation=st.integers(1, 8))
+def test_plan_multiplies_back_to_the_global_batch(workers: int, micro: int, accumulation: int) -> None:
+    batch = workers * micro * accumulation
+    plan = plan_batch(batch, workers, micro)
+    assert plan == BatchPlan(batch, workers, micro, accumulation)
+    assert plan.per_worker * workers == batch
+
+
+def test_plan_without_a_micro_batch_takes_a_workers_whole_share() -> None:
+    plan = plan_batch(32, 4, 0)
+    assert (plan.micro_batch, plan.accumulation) == (8, 1)
+    assert str(plan) == "global batch 32 = 4 workers x micro batch 8 x 1 accumulation steps"
+
+
+def test_batch_that_does_not_divide_by_workers_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(PlacementError, match=r"32 / 3 = 10\.67; set train\.global_batch to a multiple of 3"):
+        plan_batch(32, 3, 0)
+
+
+@pytest.mark.parametrize(("micro", "quotient"), [(3, "5.33"), (32, "0.50")])
+def test_micro_batch_that_does_not_divide_is_refused_with_what_would(micro: int, quotient: str) -> None:
+    with pytest.raises(PlacementError, match=rf"16 each, and 16 / {micro} = {quotient}.*one of 1, 2, 4, 8, 16$"):
+        plan_batch(32, 2, micro)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_stage": 4}, "auto, 0, 1, 2 or 3, found 4"),
+        ({"zero_stage": -1}, "auto, 0, 1, 2 or 3, found -1"),
+        ({"offload": "optimizer"}, "on CPU workers"),
+        ({"offload": "optimizer", "gpus_per_worker": 1, "engine": "torch"}, "needs placement.engine=deepspeed"),
+        ({"offload": "optimizer", "gpus_per_worker": 1, "zero_stage": 0}, "zero_stage 1, 2 or 3"),
+        ({"offload": "all", "gpus_per_worker": 1, "zero_stage": 2}, "needs placement.zero_stage 3"),
+    ],
+)
+def test_placements_that_can_never_run_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        check_placement(PlacementSection(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"zero_stage": 3},
+        {"engine": "torch"},
+        {"offload": "optimizer", "gpus_per_worker": 1, "zero_stage": 1},
+        {"offload": "all", "gpus_per_worker": 1, "zero_stage": 3},
+    ],
+)
+def test_placements_that_can_run_are_accepted(settings: dict[str, object]) -> None:
+    check_placement(PlacementSection(**settings))
+
+
+@pytest.mark.parametrize("key", ["worker", "zero", "gpu"])
+def test_unknown_keys_and_wrong_types_are_errors(key: str) -> None:
+    with pytest.raises(ValidationError):
+        PlacementSection(**{key: 1})
+    with pytest.raises(ValidationError):
+        PlacementSection(zero_stage="two")
+    with pytest.raises(ValidationError):
+        ServeSection(port=70000)
