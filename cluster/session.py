@@ -68,7 +68,7 @@ def _start(placement: PlacementSection) -> None:
         logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_BYTES,
         # Socket paths under it must stay below 107 bytes: a short folder beside the system's temporary files.
-        _temp_dir=str(Path(tempfile.gettempdir()) / "fresco-ray"),
+        _temp_dir=str(Path(tempfile.gettempdir()) / f"fresco-ray-{os.getuid()}"),
         runtime_env={"env_vars": dict(QUIET_ENVIRONMENT)},
     )
 

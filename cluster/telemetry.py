@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cluster.artifacts import write_bytes_atomic
 from cluster.workers import read_lines
 
 TRAIN_LOSS, EVAL_LOSS, GRAD_NORM = "train/loss", "eval/loss", "train/grad_norm"
@@ -24,14 +25,15 @@ MAX_PARAM_CHARS = 6000
 class RunLog:
     """Appends to `metrics.jsonl` and mirrors metrics to an MLflow run; only rank 0 makes one."""
 
-    def __init__(self, directory: Path, tracking_uri: str, mlflow_run_id: str, resumed_step: int | None) -> None:
+    def __init__(self, directory: Path, tracking_uri: str, mlflow_run_id: str, step: int) -> None:
         self.path = directory / "metrics.jsonl"
         self._client = _client(tracking_uri)
         self._run_id = mlflow_run_id
         self._pending: list[dict[str, Any]] = []
-        if resumed_step is not None:
-            kept = [line for line in read_lines(self.path) if line.get("step", 0) <= resumed_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # What an earlier attempt logged beyond the checkpoint that this one starts from will be logged again; so will
+        # the evaluation of the checkpoint's own step.
+        kept = [line for line in read_lines(self.path) if line["step"] < step + (EVAL_LOSS not in line)]
+        write_bytes_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; numbers with a `/` in their name also go to MLflow at the next `flush`."""

@@ -5,6 +5,7 @@ checkpoint. An error that would come again (bad input, a non-finite loss, a full
 before it is raised, and a restarted group that finds it stops at once: the driver raises it as it was.
 """
 
+import errno
 import importlib
 import json
 import logging
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.artifacts import read_json, write_json_atomic
-from cluster.errors import WorkerError
+from cluster.artifacts import disk_message, read_json, write_json_atomic
+from cluster.errors import StorageError, WorkerError
 from cluster.placement import PlacementSection
 
 
@@ -92,6 +93,9 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
     named = read_json(failure)
     if named is not None:
         raise _rebuild(named)
+    if error is not None and is_disk_full(error):
+        # So full that not even the reason could be written.
+        raise StorageError(disk_message(directory, OSError(errno.ENOSPC, "no space left on device"))) from error
     if error is not None:
         raise WorkerError(
             f"the worker group failed more than placement.max_failures={placement.max_failures} times; the last error"
@@ -109,12 +113,20 @@ def _guarded(config: dict[str, Any]) -> None:
     try:
         worker(config["job"])
     except Exception as error:
+        if is_disk_full(error):
+            error = StorageError(disk_message(failure.parent, OSError(errno.ENOSPC, "no space left on device")))
         if hasattr(type(error), "exit_code"):
             write_json_atomic(
                 failure,
                 {"module": type(error).__module__, "name": type(error).__name__, "message": str(error)},
             )
-        raise
+        raise error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of any library says that the disk is full."""
+    text = str(error).lower()
+    return "no space left" in text or "disk is full" in text
 
 
 def _rebuild(named: dict[str, str]) -> Exception:

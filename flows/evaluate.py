@@ -45,12 +45,13 @@ from flows.prepare import ensure_dataset
 def run(config: Config, model: str, dataset: str = "") -> dict[str, Any]:
     """Measure `model` on the test split of a dataset version; says so when that was done before.
 
-    `dataset` (name@fingerprint) chooses the version; empty takes the one the model was trained on, and for a model that
-    knows none the present one of data.source.
+    `dataset` (name@fingerprint) chooses the version; empty takes the one the model was trained on, and where that is
+    not in this workspace the present one of data.source.
     """
     workspace = open_workspace(config.workspace)
     found = resolve_model(config, model)
-    config, version = _dataset(config, workspace, dataset or found.dataset or "")
+    own = found.dataset if found.dataset and read_record(workspace.dataset_dir(found.dataset)) else ""
+    config, version = _dataset(config, workspace, dataset or own)
     data = held_out(config, workspace, version)
     encoder = ClipEncoder(config.model.clip or embedded_clip())
     base = _base_of(config, workspace, found)

@@ -5,9 +5,10 @@ It is how the embedded base was made; users who have a diffusers directory never
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +19,13 @@ from components.models import Parts, save_parts
 from flows.config import Config
 from flows.console import live, say, step
 
+if TYPE_CHECKING:
+    from components.autoencoder import AutoencoderPlan
+
 WORLDS = ("base", "drifted", "collage", "collage")
 """What the autoencoder sees in turn: half free collages, so that it can show pictures it was not made for."""
+DECODER_WORLDS = ("base", "drifted", "base", "collage")
+"""What the decoder sees in turn while it is sharpened, with the encoder as it is."""
 MODULES = ("text_encoder", "denoiser", "vae")
 VOCABULARY = 1400
 MAX_TOKENS = 32
@@ -30,6 +36,7 @@ class PretrainPlan:
     """How long each part trains."""
 
     autoencoder_steps: int = 5000
+    decoder_steps: int = 4000
     autoencoder_batch: int = 8
     clip_steps: int = 1500
     clip_batch: int = 64
@@ -83,35 +90,57 @@ def pictures_at(worlds: tuple[str, ...], seed: int, start: int, count: int, size
 
 
 def _autoencoder(config: Config, out: Path, plan: PretrainPlan) -> tuple[Any, float]:
+    """Train the whole autoencoder, then its decoder alone for sharper pictures; each stage is kept when it is there."""
+    from components.autoencoder import AutoencoderPlan, make_autoencoder, set_latent_scale
+
+    size_px, batch = config.data.resolution_px, plan.autoencoder_batch
+    vae = _stage(
+        out / "autoencoder",
+        lambda: make_autoencoder(config.train.seed, size_px),
+        AutoencoderPlan(plan.autoencoder_steps, batch),
+        lambda index: pictures_at(WORLDS, 0, index * batch, batch, size_px)[0],
+        lambda made: set_latent_scale(made, pictures_at(("base",), 1, 0, 256, size_px)[0]),
+    )
+    vae = _stage(
+        out / "decoder",
+        lambda: vae,
+        AutoencoderPlan(plan.decoder_steps, batch, learning_rate=1e-3, decoder_only=True),
+        lambda index: pictures_at(DECODER_WORLDS, 4, index * batch, batch, size_px)[0],
+        lambda made: None,
+    )
+    l1 = _reconstruction_l1(vae, pictures_at(WORLDS, 1, 0, 128, size_px)[0])
+    say(f"held-out reconstruction: mean absolute error {l1:.4f} of 2.0; latent scale {vae.config.scaling_factor:.3f}")
+    return vae, l1
+
+
+def _stage(
+    folder: Path,
+    make: Callable[[], Any],
+    plan: "AutoencoderPlan",
+    batch_at: Callable[[int], Tensor],
+    finish: Callable[[Any], Any],
+) -> Any:
+    """Return the autoencoder in `folder`, or train it and save it there."""
     from diffusers import AutoencoderKL
 
-    from components.autoencoder import AutoencoderPlan, make_autoencoder, set_latent_scale, train_autoencoder
+    from components.autoencoder import train_autoencoder
 
-    size_px = config.data.resolution_px
-    folder = out / "autoencoder"
-    held_out, _ = pictures_at(WORLDS, 1, 0, 128, size_px)
     if (folder / "config.json").exists():
-        say(f"autoencoder: found in {folder}, kept")
-        vae = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
-        return vae, _reconstruction_l1(vae, held_out)
-    step(f"autoencoder: {plan.autoencoder_steps} steps of {plan.autoencoder_batch} pictures, drawn as they are needed")
-    vae = make_autoencoder(config.train.seed, size_px)
-
-    def batch_at(index: int) -> Tensor:
-        batch = plan.autoencoder_batch
-        return pictures_at(WORLDS, 0, index * batch, batch, size_px)[0]
+        say(f"{folder.name}: found in {folder}, kept")
+        kept: Any = AutoencoderKL.from_pretrained(folder)
+        return kept.eval().requires_grad_(False)
+    step(f"{folder.name}: {plan.steps} steps of {plan.batch} pictures, drawn as they are needed")
 
     def on_step(index: int, loss: float) -> None:
-        live(f"autoencoder step {index + 1}/{plan.autoencoder_steps} l1 {loss:.4f}")
+        live(f"{folder.name} step {index + 1}/{plan.steps} l1 {loss:.4f}")
         if index % 250 == 249:
-            say(f"autoencoder step {index + 1}/{plan.autoencoder_steps} l1 {loss:.4f}")
+            say(f"{folder.name} step {index + 1}/{plan.steps} l1 {loss:.4f}")
 
-    train_autoencoder(vae, batch_at, AutoencoderPlan(plan.autoencoder_steps, plan.autoencoder_batch), on_step)
-    scale = set_latent_scale(vae, pictures_at(("base",), 1, 0, 256, size_px)[0])
-    l1 = _reconstruction_l1(vae, held_out)
-    say(f"held-out reconstruction: mean absolute error {l1:.4f} of 2.0; latent scale {scale:.3f}")
+    vae = make()
+    train_autoencoder(vae, batch_at, plan, on_step)
+    finish(vae)
     vae.save_pretrained(folder)
-    return vae, l1
+    return vae
 
 
 @torch.no_grad()

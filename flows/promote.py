@@ -64,23 +64,12 @@ def check_drawing(model: ResolvedModel, config: Config) -> None:
     """Load the pipeline and draw one picture; NonFiniteError when a pixel is not finite."""
     import torch
 
-    from components.models import TextStates, decode_latents, encode_text, family_named, load_parts
-    from components.sampler import PictureRequest, sample_latents
+    from components.models import load_parts
+    from components.sampler import PictureRequest, draw
 
     side_px = config.data.resolution_px
-    request = PictureRequest("a picture", steps=config.serve.default_steps, width_px=side_px, height_px=side_px)
     parts = load_parts(model.directory, device="cuda" if torch.cuda.is_available() else "cpu")
-    family = family_named(parts.family)
-
-    def predict(latents_BCHW: torch.Tensor, timestep_B: torch.Tensor, text: TextStates) -> torch.Tensor:
-        prediction_BCHW: torch.Tensor = family.call_denoiser(parts.denoiser, latents_BCHW, timestep_B, text)
-        return prediction_BCHW
-
-    text, empty = encode_text(parts, [request.prompt]), encode_text(parts, [""])
-    pixels_BCHW = decode_latents(parts.vae, sample_latents(parts, predict, [request], text, empty))
-    bad = int((~torch.isfinite(pixels_BCHW)).sum())
-    if bad:
-        raise NonFiniteError(f"expected finite pixels, found {bad} of {pixels_BCHW.numel()} that are not")
+    draw(parts, [PictureRequest("a picture", steps=config.serve.default_steps, width_px=side_px, height_px=side_px)])
 
 
 def _tags(registry: Registry, config: Config, model: ResolvedModel) -> dict[str, str]:

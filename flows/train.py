@@ -185,8 +185,7 @@ def train_worker(job: Job) -> None:
     log = None
     pids = workers.gather(os.getpid())
     if here.rank == 0:
-        resumed = progress.step if progress.step else None
-        log = telemetry.RunLog(job.directory, job.mlflow_uri, job.mlflow_run_id, resumed)
+        log = telemetry.RunLog(job.directory, job.mlflow_uri, job.mlflow_run_id, progress.step)
         log.write(
             {
                 "event": "start",

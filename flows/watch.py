@@ -69,7 +69,7 @@ class Watch:
         base: Path,
         directory: Path,
     ) -> "Watch":
-        """Load what is needed beside the trained model: the validation split, and on rank 0 the autoencoder."""
+        """Load what is needed beside the trained model: the validation split and the autoencoder."""
         data = load_split(paths, dataset_dir, "validation", parts)
         items = load_dataset(dataset_dir).split("validation")
         distinct = {item.caption: row for row, item in reversed(list(enumerate(items)))}
