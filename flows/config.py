@@ -77,7 +77,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"--config expected a YAML file, found nothing at {str(path)!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"--config expected YAML in {str(path)!r}, found: {error}") from error
     if tree is None:
         return {}
@@ -102,8 +102,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override!r}: the value is not readable as YAML: {error}") from error
-    # YAML 1.1 reads 1e-4 (no dot) as text; people write it all the time.
-    if isinstance(value, str):
+    # YAML 1.1 reads 1e-4 (no dot) as text; people write it all the time. In quotes it stays text.
+    if isinstance(value, str) and value == text.strip():
         try:
             value = float(value)
         except ValueError:

@@ -78,11 +78,12 @@ class RunProgress:
         now = time.monotonic()
         self._first = self._first or (now, line["step"])
         done = line["step"] - self._first[1]
-        left_s = (now - self._first[0]) / done * (self.total_steps - line["step"]) if done else float("nan")
+        left_s = (now - self._first[0]) / done * (self.total_steps - line["step"]) if done else 0.0
+        left = f"{left_s:.0f} s left" if done else "measuring speed"
         text = (
             f"step {line['step']:>6}/{self.total_steps}  loss {line[telemetry.TRAIN_LOSS]:.4f}"
             f"  {line[telemetry.IMAGES_PER_S]:.1f} images/s  data {line[telemetry.DATA_WAIT]:.0%}"
-            f"  {line[telemetry.MEMORY_PEAK]:.0f} MiB  {left_s:.0f} s left"
+            f"  {line[telemetry.MEMORY_PEAK]:.0f} MiB  {left}"
         )
         live(text)
         if not sys.stderr.isatty() and now - self._said_s > 15:

@@ -143,7 +143,7 @@ class Watch:
 
     def _write_sheet(self, step: int, pictures: list[Image.Image]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        first = self.directory / "step-0-pictures.png"
+        first = self.directory / "first-pictures.png"
         width, height = pictures[0].size
         if step == 0 or not first.exists():
             strip = Image.new("RGB", (width * len(pictures), height))
