@@ -4,12 +4,15 @@ Human text goes to stderr; with --json, stdout is exactly one JSON object. Exit 
 decided; 1 it failed; 2 the command or config is wrong and nothing was touched.
 """
 
+import functools
 import importlib
+import inspect
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,15 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with the config tree.")]
-Preset = Annotated[str | None, typer.Option(help="Named config: tiny_cpu (default), emblems_base, sd15_gpu, ...")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. train.steps=600. Repeatable.")]
-WorkspaceUri = Annotated[
-    str | None, typer.Option("--workspace", help="Folder for everything Fresco writes. [FRESCO_WORKSPACE]")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and the steps; touch nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def main() -> None:
@@ -78,207 +72,158 @@ def _keep_stdout_clean() -> int:
     return real
 
 
+@dataclass(frozen=True)
 class Shared:
-    """The options every verb has."""
+    """The options that every verb takes."""
 
-    def __init__(
-        self,
-        config: str | None,
-        preset: str | None,
-        overrides: list[str] | None,
-        workspace: str | None,
-        dry_run: bool,
-        as_json: bool,
-    ) -> None:
+    config: Annotated[str | None, typer.Option("--config", help="YAML file with the config tree.")] = None
+    preset: Annotated[str | None, typer.Option("--preset", help="Named config; default: tiny_cpu.")] = None
+    set: Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. train.steps=600. Repeatable.")] = None
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", help="Folder for everything Fresco writes. [FRESCO_WORKSPACE]")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the steps; touch nothing.")
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False
+
+    def run(self, module: str, call: Callable[[Any, Any], dict[str, Any]]) -> None:
+        """Import `flows.<module>`, make `call(module, config)` or tell its plan, print the JSON object if asked for."""
         from flows.config import load_config
 
-        uri = workspace or os.environ.get("FRESCO_WORKSPACE")
-        self.config = load_config(config, preset, overrides, uri)
-        self.dry_run, self.as_json = dry_run, as_json
-
-    def run(self, verb: str, call: Callable[[Any], dict[str, Any]]) -> None:
-        """Import `flows.<verb>`, run it (or tell its plan), print the JSON object when asked for."""
+        uri = self.workspace or os.environ.get("FRESCO_WORKSPACE")
+        config = load_config(self.config, self.preset, self.set, uri)
         stdout = _keep_stdout_clean()
-        module = importlib.import_module(f"flows.{verb}")
+        verb = importlib.import_module(f"flows.{module}")
         if self.dry_run:
-            steps = module.plan(self.config) if hasattr(module, "plan") else [f"run fresco {verb} with this config"]
-            result = {"verb": verb, "config": self.config.model_dump(), "steps": steps}
+            steps = verb.plan(config) if hasattr(verb, "plan") else [f"run fresco {module} with this config"]
+            result = {"verb": module, "config": config.model_dump(), "steps": steps}
             if not self.as_json:
                 import yaml
 
                 say(yaml.safe_dump(result["config"], sort_keys=False))
                 say("\n".join(f"{number}. {text}" for number, text in enumerate(steps, 1)))
         else:
-            result = call(module)
+            result = call(verb, config)
         if self.as_json:
             os.write(stdout, (json.dumps(result, ensure_ascii=False, default=str) + "\n").encode())
 
 
-@app.command()
+def verb(body: Callable[..., None]) -> Callable[..., None]:
+    """Make `body(shared, ...)` a command: its own arguments, the shared options, its own options."""
+    own = list(inspect.signature(body).parameters.values())[1:]
+    shared = list(inspect.signature(Shared).parameters.values())
+    arguments = [parameter for parameter in own if parameter.default is inspect.Parameter.empty]
+    options = [parameter for parameter in own if parameter not in arguments]
+
+    @functools.wraps(body)
+    def command(**values: Any) -> None:
+        body(Shared(**{parameter.name: values.pop(parameter.name) for parameter in shared}), **values)
+
+    parameters = [*arguments, *shared, *options]
+    by_name = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return app.command()(command)
+
+
+Model = Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id, models:/NAME@alias or NAME/N.")]
+
+
+@verb
 def demo(
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    shared: Shared,
     stop: Annotated[bool, typer.Option("--stop", help="End the endpoint when the story is told.")] = False,
 ) -> None:
     """Tell the whole story on the built-in data: fine-tune, measure, promote, serve, draw."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("demo", lambda verb: verb.run(shared.config, stop=stop))
+    shared.run("demo", lambda flow, config: flow.run(config, stop=stop))
 
 
-@app.command()
-def prepare(
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
+@verb
+def prepare(shared: Shared) -> None:
     """Turn captioned images into a validated, split, encoded dataset version."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("prepare", lambda verb: verb.run(shared.config))
+    shared.run("prepare", lambda flow, config: flow.run(config))
 
 
-@app.command()
-def train(
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
+@verb
+def train(shared: Shared) -> None:
     """Fine-tune one recipe on Ray Train and DeepSpeed; prepares the data first when needed."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("train", lambda verb: verb.run(shared.config))
+    shared.run("train", lambda flow, config: flow.run(config))
 
 
-@app.command()
+@verb
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id, or models:/NAME@alias.")],
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    shared: Shared,
+    model: Model,
     dataset: Annotated[str, typer.Option(help="NAME@FINGERPRINT; default: the data MODEL was trained on.")] = "",
 ) -> None:
     """Measure MODEL on the test split: scorecard with intervals, and an HTML report."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("evaluate", lambda verb: verb.run(shared.config, model, dataset))
+    shared.run("evaluate", lambda flow, config: flow.run(config, model, dataset))
 
 
-@app.command()
-def promote(
-    model: Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id, or models:/NAME/VERSION.")],
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
+@verb
+def promote(shared: Shared, model: Model) -> None:
     """Register MODEL with its lineage and make it the champion; evaluates it first when needed."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("promote", lambda verb: verb.run(shared.config, model))
+    shared.run("promote", lambda flow, config: flow.run(config, model))
 
 
-@app.command()
+@verb
 def serve(
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End the detached endpoint of this workspace.")] = False,
 ) -> None:
     """Serve the champion over HTTP in the shape of the OpenAI Images API; blocks until Ctrl-C."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("serve", lambda verb: verb.run(shared.config, detach=detach, stop=stop))
+    shared.run("serve", lambda flow, config: flow.run(config, detach=detach, stop=stop))
 
 
-@app.command()
+@verb
 def generate(
+    shared: Shared,
     prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder, or the name of one .png file.")] = "pictures",
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures for each prompt.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help="Picture i of a prompt uses seed + i; default: chosen for you.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Picture i of a prompt uses seed + i; default: any.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="How hard the prompt pulls.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in px.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Draw here with MODEL instead of the endpoint.")] = None,
     url: Annotated[str | None, typer.Option("--url", help="Endpoint to ask; default: this workspace's.")] = None,
 ) -> None:
     """Draw pictures: from the workspace's endpoint, or locally with --model."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
 
-    def call(verb: Any) -> dict[str, Any]:
-        wish = verb.Wish(n, seed, steps, guidance_scale, negative_prompt, size)
-        result: dict[str, Any] = verb.run(shared.config, prompts, out, wish, model, url)
+    def call(flow: Any, config: Any) -> dict[str, Any]:
+        wish = flow.Wish(n, seed, steps, guidance_scale, negative_prompt, size)
+        result: dict[str, Any] = flow.run(config, prompts, out, wish, model, url)
         return result
 
     shared.run("generate", call)
 
 
-@app.command()
-def status(
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
+@verb
+def status(shared: Shared) -> None:
     """Say what serves, why and since when."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("status", lambda verb: verb.run(shared.config))
+    shared.run("status", lambda flow, config: flow.run(config))
 
 
-@app.command()
+@verb
 def pretrain(
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    shared: Shared,
     out: Annotated[str, typer.Option("--out", help="Folder for the pipeline and the CLIP.")] = "build/pretrained",
 ) -> None:
     """Make an untrained base around a fresh autoencoder, tokenizer and CLIP (how the embedded base began)."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("pretrain", lambda verb: verb.run(shared.config, out))
+    shared.run("pretrain", lambda flow, config: flow.run(config, out))
 
 
-@app.command("package")
-def package_base(
-    model: Annotated[str, typer.Argument(help="Run id or diffusers folder to store in half precision.")],
-    out: Annotated[str, typer.Option("--out", help="New diffusers folder.")],
-    config: ConfigFile = None,
-    preset: Preset = None,
-    set_: Overrides = None,
-    workspace: WorkspaceUri = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+@verb
+def package(
+    shared: Shared,
+    model: Model,
+    out: Annotated[str, typer.Option("--out", help="New diffusers folder.")] = "build/package",
 ) -> None:
     """Copy MODEL as a diffusers folder with fp16 weights: half the size, read as fp32 again."""
-    shared = Shared(config, preset, set_, workspace, dry_run, as_json)
-    shared.run("pretrain", lambda verb: verb.package(shared.config, model, out))
+    shared.run("pretrain", lambda flow, config: flow.package(config, model, out))
 
 
 if __name__ == "__main__":

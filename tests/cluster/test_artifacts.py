@@ -1,7 +1,6 @@
 """Whole files or none, records that mark completeness, and a journal that survives a crash."""
 
 import multiprocessing
-import os
 import resource
 import signal
 import subprocess
@@ -158,4 +157,4 @@ def test_journal_of_concurrent_writers_never_interleaves(tmp_path: Path) -> None
     assert len(events) == 150
     for writer in range(3):
         assert [event["number"] for event in events if event["writer"] == writer] == list(range(50))
-    assert os.path.getsize(tmp_path / "journal.jsonl") > 150 * 500
+    assert (tmp_path / "journal.jsonl").stat().st_size > 150 * 500

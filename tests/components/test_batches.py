@@ -1,6 +1,5 @@
 """Batches: any worker makes any part of any batch, and caption dropout survives caching."""
 
-
 import numpy as np
 import pyarrow as pa
 import pytest
