@@ -3,7 +3,7 @@
 Bytes a worker needs for P trained and F frozen parameters, N workers, w bytes a working weight (4, or 2 in bf16):
 
     stage   working weights   gradients   master + Adam moments
-    0       w (P + F)         w P         12 P  (8 P in fp32: the weights are their own masters)
+    0       4 (P + F)         4 P         8 P  (fp32 weights are their own masters; bf16 is autocast)
     1       w (P + F)         w P         12 P / N
     2       w (P + F)         w P / N     12 P / N
     3       w (P + F) / N     w P / N     12 P / N
@@ -35,9 +35,9 @@ class StateBytes:
 
 def state_bytes(stage: int, trained: int, frozen: int, workers: int, bf16: bool) -> StateBytes:
     """Return the formula above for one stage; `trained` and `frozen` count parameters."""
-    width = 2 if bf16 else 4
+    width = 2 if bf16 and stage >= 1 else 4
     shard = workers
-    masters = 12 if bf16 or stage >= 1 else 8
+    masters = 12 if stage >= 1 else 8
     return StateBytes(
         parameters=width * (trained + frozen) // (shard if stage == 3 else 1),
         gradients=width * trained // (shard if stage >= 2 else 1),
@@ -93,6 +93,9 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if bf16:
+    if bf16 and stage == 0:
+        # DeepSpeed's bf16 optimizer of stage 0 keeps its masters out of reach of the safe_* API.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif bf16:
         config["bf16"] = {"enabled": True}
     return config

@@ -27,7 +27,7 @@ class ZeroEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.sharded = options.stage > 0 or options.bf16
+        self.sharded = options.stage > 0
         self.masters: list[Tensor] = self._find_masters()
         self._bad = torch.zeros((), device=options.device)
         for parameter in self.by_name.values():
@@ -51,7 +51,7 @@ class ZeroEngine:
         self._bad += gradient.detach().float().sum() * 0
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if self.options.bf16:
+        if self.options.bf16 and self.sharded:
             inputs = tuple(x.bfloat16() if x.dtype == torch.float32 and x.ndim > 1 else x for x in inputs)
         self.engine.train(torch.is_grad_enabled())
         return self.engine(*inputs)
@@ -68,7 +68,7 @@ class ZeroEngine:
     def step(self, rate_factor: float) -> float:
         set_rates(self.optimizer, rate_factor)
         norm = None
-        if not self.sharded:  # stage 0 in fp32 clips without telling the norm
+        if not self.sharded:  # stage 0 clips without telling the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.by_name.values() if p.grad is not None])
         self.engine.step()
         self._bad.zero_()

@@ -35,7 +35,8 @@ from flows.run_weights import Progress, RunWeights
 
 STEPS, NEXT_STEPS, GLOBAL_BATCH = 20, 3, 8
 CAPTIONS = ["a red circle", "a blue square", "a red square", "a blue circle"] * 3
-LIMIT_S = 280
+LIMIT_S = 500
+pytestmark = pytest.mark.timeout(600)  # the first test of each fixture waits for all the processes
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ ALONE = Setup("torch", workers=1, micro=8)
 TORCH, TORCH_PARTS = Setup("torch"), Setup("torch", micro=2)
 ZERO = [
     Setup("deepspeed", 0, micro=2),
-    *(Setup("deepspeed", stage, micro) for stage, micro in ((1, 4), (2, 2), (3, 2))),
+    *(Setup("deepspeed", stage, micro) for stage, micro in ((1, 4), (2, 2), (3, 4))),
 ]
 MAIN = [TORCH, TORCH_PARTS, *ZERO]
 Z_IMAGE = [Setup(*kind, family="z_image", steps=4) for kind in (("torch",), ("deepspeed", 2), ("deepspeed", 3))]
-SGD = [Setup(*kind, optimizer="sgd", steps=6) for kind in (("torch",), ("deepspeed", 1), ("deepspeed", 3))]
+SGD = [Setup(*kind, optimizer="sgd", steps=6) for kind in (("torch",), ("deepspeed", 1), ("deepspeed", 2))]
 BF16 = [Setup(*kind, bf16=True, steps=4) for kind in (("torch",), ("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3))]
 UNCLIPPED = [Setup(*kind, clip_norm=0, steps=4) for kind in (("torch",), ("deepspeed", 2))]
 TOGETHER = [*MAIN, *Z_IMAGE, *SGD, *BF16, *UNCLIPPED]
@@ -110,12 +111,9 @@ class Bench:
         self.frozen = model.get_parameter(self.frozen_name).requires_grad_(False)
         self.frozen_before = self.frozen.detach().clone()
         self.names = [name for name, _ in trainable(model)]
-        self.counts = (
-            sum(parameter.numel() for _, parameter in trainable(model)),
-            self.frozen_before.numel()
-            + sum(p.numel() for p in model.parameters() if not p.requires_grad)
-            - self.frozen_before.numel(),
-        )
+        self.shapes = {name: parameter.shape for name, parameter in trainable(model)}
+        sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad is trains) for trains in (True, False)]
+        self.counts = (sizes[0], sizes[1])
         placement = PlacementSection(workers=setup.workers, engine=setup.engine, zero_stage=setup.stage)
         self.batch = plan_batch(GLOBAL_BATCH, setup.workers, setup.micro)
         kinds = STATE_NAMES[setup.optimizer]
@@ -218,8 +216,8 @@ def round_trip(bench: Bench, trained: torch.Tensor) -> list[str]:
     for name in bench.chosen():
         for kind in bench.weights.kinds:
             kept = engine.get(name, kind).clone()
-            if kept.shape != dict(bench.engine.module.named_parameters())[name].shape and bench.setup.stage != 3:
-                wrong.append(f"{name} {kind}: shape {tuple(kept.shape)}")
+            if kept.shape != bench.shapes[name] or kept.dtype != torch.float32:
+                wrong.append(f"{name} {kind}: {kept.dtype} {tuple(kept.shape)}")
             other = torch.linspace(-1, 1, kept.numel()).view(kept.shape) + 2.0
             engine.put(name, kind, other)
             if not torch.equal(engine.get(name, kind), other):
@@ -382,6 +380,9 @@ def test_state_of_one_engine_continues_on_another(move: tuple[Setup, Setup], see
 @named([TORCH, *ZERO])
 def test_measured_state_is_the_formulas(setup: Setup, seen: dict[str, Any]) -> None:
     measured, (trained, frozen) = seen[setup.name]["state_bytes"], seen[setup.name]["counts"]
-    expected = state_bytes(setup.stage, trained, frozen, 2, False)
-    for part, formula in asdict(expected).items():
-        assert measured[part] == pytest.approx(formula, rel=0.1), part
+    expected = asdict(state_bytes(setup.stage, trained, frozen, 2, False))
+    if setup.stage == 1:
+        # Measured after the last micro batch, when stage 1 has reduced its gradients and kept its own part.
+        assert measured.pop("gradients") <= 1.1 * expected["gradients"]
+    for part, found in measured.items():
+        assert found == pytest.approx(expected[part], rel=0.1), part

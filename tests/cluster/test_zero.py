@@ -13,7 +13,7 @@ FP32 = {
     3: (1500, 1000, 3000),
 }
 BF16 = {
-    0: (3000, 2000, 12000),
+    0: (6000, 4000, 8000),
     1: (3000, 2000, 3000),
     2: (3000, 500, 3000),
     3: (750, 500, 3000),
@@ -61,5 +61,7 @@ def test_deepspeed_config_carries_the_batch_arithmetic_and_offload() -> None:
     assert config["gradient_clipping"] == 1.5 and config["bf16"] == {"enabled": True}
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["offload_param"] == config["zero_optimization"]["offload_optimizer"]
+    unsharded = deepspeed_config(0, plan, 1.5, True, PlacementSection())
+    assert "bf16" not in unsharded and unsharded["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     plain = deepspeed_config(1, plan, 0.0, False, PlacementSection())
     assert "bf16" not in plain and "offload_optimizer" not in plain["zero_optimization"]
