@@ -9,7 +9,15 @@ from flows.config import Config
 
 def tiny_cpu() -> Config:
     """One laptop without a GPU: the embedded base learns the built-in drifted world; 2 workers, ZeRO 2."""
-    return Config(placement=PlacementSection(workers=2, zero_stage=2))
+    return Config(
+        train=TrainSection(
+            steps=900,
+            # New words need their embeddings moved, and a model this small bears it.
+            learning_rate=LearningRate(denoiser=2e-3, text_encoder=1e-3),
+            eval_every_steps=300,
+        ),
+        placement=PlacementSection(workers=2, zero_stage=2),
+    )
 
 
 def emblems_base() -> Config:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from cluster import telemetry, workers
 from cluster.artifacts import open_workspace, read_json, read_record, write_json_atomic, write_record
 from cluster.checkpoints import CheckpointWriter
@@ -22,12 +19,10 @@ from cluster.engine import MASTER, Engine, EngineOptions, make_engine
 from cluster.placement import check_placement, plan_batch
 from cluster.session import local_session
 from cluster.zero import choose_stage, memory_table
-from components.batches import Batch, training_batch
 from components.ema import Ema
-from components.errors import NonFiniteError
 from components.freezing import apply_plan, parameter_groups, trainable
 from components.models import Parts, embedded_base, load_parts, model_fingerprint
-from components.objective import Objective, make_objective, squared_error
+from components.objective import make_objective
 from components.optim import STATE_NAMES, make_optimizer, rate_factor
 from components.recipe import TrainSection, trains_text
 from flows.config import Config, recipe_fingerprint
@@ -36,6 +31,7 @@ from flows.encode import EncodedPaths, ensure_encoded
 from flows.prepare import ensure_dataset
 from flows.progress import RunProgress
 from flows.run_weights import RunWeights
+from flows.train_step import Loop
 from flows.watch import Watch, load_split
 
 LOG_EVERY_STEPS = 10
@@ -176,7 +172,7 @@ def train_worker(job: Job) -> None:
 
     # Data, the newest checkpoint, logs.
     data = load_split(job.data, job.dataset, "train", parts)
-    loop = Loop(job, engine, objective, data, here)
+    loop = Loop(job.config, engine, objective, data, here)
     kinds = (MASTER, *STATE_NAMES[train.optimizer])
     weights = RunWeights(job.directory, engine, ema, names, kinds)
     progress = weights.resume(lambda step: loop.forward_backward(step))
@@ -237,54 +233,6 @@ def train_worker(job: Job) -> None:
     weights.export(job.base, train.freezing, use_best, here.rank)
     if here.rank == 0:
         write_json_atomic(job.directory / "outcome.json", progress.outcome(stage, use_best))
-
-
-class Loop:
-    """One optimizer step over this worker's part of the global batch, with the checks that precede it."""
-
-    def __init__(self, job: Job, engine: Engine, objective: Objective, data: Any, here: workers.WorkerContext) -> None:
-        self.train, self.engine, self.objective, self.data, self.here = job.config.train, engine, objective, data, here
-        self.batch = plan_batch(self.train.global_batch, here.world_size, job.config.placement.micro_batch)
-
-    def train_step(self, at: int) -> tuple[float, float, float]:
-        """Return (loss over the global batch, gradient norm, seconds of making batches); NonFiniteError stops all."""
-        loss, data_seconds, indexes = self.forward_backward(at)
-        checks = workers.total(torch.stack([loss, torch.tensor(float(not self.engine.gradients_finite()))]).cpu())
-        if not torch.isfinite(checks[0]) or checks[1]:
-            keys = [self.data.keys[index][:12] for rows in workers.gather(indexes) for index in rows]
-            what = "loss" if not torch.isfinite(checks[0]) else "gradient"
-            raise NonFiniteError(
-                f"expected a finite {what}, found {float(checks[0]) / self.here.world_size} at step {at}; no weight was"
-                f" moved. Samples (sha256): {', '.join(sorted(set(keys)))}. Lower train.learning_rate, or look at them"
-            )
-        norm = self.engine.step(rate_factor(self.train, at))
-        return float(checks[0]) / self.here.world_size, norm, data_seconds
-
-    def forward_backward(self, at: int) -> tuple[Tensor, float, list[int]]:
-        """Accumulate the gradients of this worker's positions; return their mean loss, data seconds and indexes."""
-        mean, data_seconds, indexes = torch.zeros(()), 0.0, []
-        for part in range(self.batch.accumulation):
-            began = time.perf_counter()
-            first = self.here.rank * self.batch.per_worker + part * self.batch.micro_batch
-            batch = training_batch(
-                self.data, self.objective, self.train, at, range(first, first + self.batch.micro_batch)
-            )
-            indexes += batch.indexes.tolist()
-            data_seconds += time.perf_counter() - began
-            loss = self._loss(batch)
-            self.engine.backward(loss, last=part == self.batch.accumulation - 1)
-            mean = mean + loss.detach().cpu() / self.batch.accumulation
-        return mean, data_seconds, indexes
-
-    def _loss(self, batch: Batch) -> Tensor:
-        device = self.here.device
-        prediction_BCHW = self.engine.forward(
-            batch.noisy_BCHW.to(device),
-            batch.timestep_B.to(device),
-            batch.text.states_BLD.to(device),
-            batch.text.mask_BL.to(device),
-        )
-        return (squared_error(prediction_BCHW, batch.target_BCHW.to(device)) * batch.weight_B.to(device)).mean()
 
 
 def _engine(job: Job, model: Any, counts: tuple[int, int], here: workers.WorkerContext) -> tuple[Engine, int]:

@@ -91,3 +91,15 @@ def test_read_lines_leaves_a_growing_last_line_for_later(tmp_path: Path) -> None
     assert read_lines(path) == []
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert [line["step"] for line in read_lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), True),
+        (RuntimeError("Connection refused"), False),
+    ],
+)
+def test_full_disk_is_recognized_in_any_librarys_words(error: Exception, full: bool) -> None:
+    assert workers.is_disk_full(error) is full
