@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def worker(rank: int, port: int, result: str) -> None:
-    """One process: build the contestants, let them take turns, write the numbers on rank 0."""
+    """Build the contestants in one process, let them take turns, write the numbers on rank 0."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORKERS)}
@@ -104,11 +104,10 @@ def take_turns(contestants: dict[str, Step]) -> dict[str, Any]:
             dist.barrier()
             rates[name].append(GLOBAL_BATCH * STEPS_PER_ROUND / (time.perf_counter() - began))
         count += STEPS_PER_ROUND
-    steps = ROUNDS * STEPS_PER_ROUND
-    return {
-        name: {"rates": rates[name], "parts": {key: value / steps for key, value in clocks[name].seconds.items()}}
-        for name in contestants
+    parts = {
+        name: {part: seconds / (count - 1) for part, seconds in clock.seconds.items()} for name, clock in clocks.items()
     }
+    return {name: {"rates": rates[name], "parts": parts[name]} for name in contestants}
 
 
 def draw_pictures() -> tuple[list[bytes], list[str]]:
@@ -126,8 +125,9 @@ def draw_pictures() -> tuple[list[bytes], list[str]]:
 
 
 def decode(files: list[bytes]) -> torch.Tensor:
-    arrays = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.float32) for file in files]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    from components.images import to_pixels
+
+    return torch.from_numpy(to_pixels([Image.open(io.BytesIO(file)).convert("RGB") for file in files]))
 
 
 def plain_loop(files: list[bytes], captions: list[str], rank: int) -> Step:

@@ -4,6 +4,7 @@ The worker group writes `metrics.jsonl`; this reads what is new twice a second i
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import telemetry
+from cluster.workers import read_lines
 from flows.console import live, say
 
 POLL_S = 0.5
@@ -24,7 +26,9 @@ class RunProgress:
         self.total_steps = total_steps
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._position = self.path.stat().st_size if self.path.exists() else 0
+        self._inode, self._position, self._muted = 0, 0, True
+        # The worker groups of earlier attempts: their lines may still be in the file.
+        self._groups = [line["pids"] for line in read_lines(self.path) if "pids" in line]
         self._first: tuple[float, int] | None = None
         self._said_s = 0.0
 
@@ -44,19 +48,24 @@ class RunProgress:
             self._read()
 
     def _read(self) -> None:
-        if not self.path.exists():
+        """Show the whole lines written since the last look; lines of an earlier attempt are passed over."""
+        try:
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_ino != self._inode:  # every attempt begins by replacing the file
+                    self._inode, self._position, self._muted = os.fstat(file.fileno()).st_ino, 0, True
+                file.seek(self._position)
+                text = file.read()
+        except FileNotFoundError:
             return
-        size = self.path.stat().st_size
-        if size < self._position:  # a restarted group dropped the lines after its checkpoint
-            self._position = 0
-            return
-        with self.path.open() as file:
-            file.seek(self._position)
-            text = file.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._position += len(whole.encode())
-        for line in whole.splitlines():
-            self._show(json.loads(line))
+        whole = text[: text.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for line in map(json.loads, whole.splitlines()):
+            pids = line.get("pids")
+            if pids is not None and pids not in self._groups:
+                self._groups.append(pids)
+                self._muted = False
+            if not self._muted:
+                self._show(line)
 
     def _show(self, line: dict[str, Any]) -> None:
         if line.get("event") == "start":

@@ -1,7 +1,7 @@
 """The embedded base on fixed emblems: what it measured and drew when it was committed (docs/base-model.md).
 
 Origin of the numbers: this file's own calls on the committed assets, 2 CPU cores, torch 2.13.0. They move when the
-assets, the drawing of emblems, the counter-based noise, the objective or the sampler move: then find out which, and why.
+assets, the drawing of emblems, the counter-based noise, the objective or the sampler move: then find out which and why.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from components.models import TextStates, embedded_base, encode_images, encode_t
 from components.objective import make_objective, per_image_losses
 from components.sampler import PictureRequest, draw
 
-GOLDEN_LOSS = 0.0
+GOLDEN_LOSS = 0.0554959
 """Mean denoising loss of 16 emblems of seed 11 over four bands."""
 MIN_SHOWN = 27
 """Of 32 held-out prompts, all attributes right; the measured adherence is above 90 %, this leaves room for rounding."""
