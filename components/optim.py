@@ -37,6 +37,11 @@ def make_optimizer(model: nn.Module, groups: list[ParameterGroup], train: TrainS
     raise InputError(f"train.optimizer expected to be adamw or sgd, found {train.optimizer!r}")
 
 
+def state_names(train: TrainSection) -> tuple[str, ...]:
+    """Return the optimizer state that exists for each parameter; sgd without momentum keeps none."""
+    return () if train.optimizer == "sgd" and train.momentum == 0 else STATE_NAMES[train.optimizer]
+
+
 def rate_factor(train: TrainSection, step: int) -> float:
     """Return the share of the peak rate at optimizer step `step` (0-based), in (0, 1]."""
     if step < train.warmup_steps:

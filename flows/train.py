@@ -23,7 +23,7 @@ from components.ema import Ema
 from components.freezing import apply_plan, parameter_groups, trainable
 from components.models import Parts, embedded_base, load_parts, model_fingerprint
 from components.objective import make_objective
-from components.optim import STATE_NAMES, make_optimizer, rate_factor
+from components.optim import make_optimizer, rate_factor, state_names
 from components.recipe import TrainSection, trains_text
 from flows.config import Config, recipe_fingerprint
 from flows.console import say, step
@@ -173,7 +173,7 @@ def train_worker(job: Job) -> None:
     # Data, the newest checkpoint, logs.
     data = load_split(job.data, job.dataset, "train", parts)
     loop = Loop(job.config, engine, objective, data, here)
-    kinds = (MASTER, *STATE_NAMES[train.optimizer])
+    kinds = (MASTER, *state_names(train))
     weights = RunWeights(job.directory, engine, ema, names, kinds)
     progress = weights.resume(lambda step: loop.forward_backward(step))
     writer = CheckpointWriter(job.directory / "checkpoints", here.rank, here.world_size, placement.keep_checkpoints)
@@ -251,7 +251,7 @@ def _engine(job: Job, model: Any, counts: tuple[int, int], here: workers.WorkerC
         clip_norm=train.clip_norm,
         bf16=bf16,
         device=here.device,
-        state_names=STATE_NAMES[train.optimizer],
+        state_names=state_names(train),
     )
     model.to(here.device)
     return make_engine(model, make_optimizer(model, parameter_groups(model), train), options), stage
