@@ -147,6 +147,10 @@ def save_parts(parts: Parts, directory: Path | str, dtype: torch.dtype | None = 
     if dtype is not None:
         pipeline = family_named(parts.family).make_pipeline(_rounded(parts, dtype))
     pipeline.save_pretrained(str(directory), safe_serialization=True)
+    for path in Path(directory).glob("*/config.json"):
+        # Where a part was loaded from is this machine's business.
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _quiet_libraries() -> None:
