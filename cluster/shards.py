@@ -19,6 +19,7 @@ import pyarrow as pa
 from cluster.errors import PlacementError, StorageError, WorkerError
 
 ACTOR_WAIT_LIMIT_S = 300
+RESTARTS = 3
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 RAY_DATA_ADDS = re.compile(r"(\n|\\n)Failed to apply UDF transform")  # advice on its settings, put after our message
 
@@ -57,6 +58,7 @@ def map_blocks(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
+        max_restarts=_restarts(),
     )
     failure = None
     try:
@@ -112,6 +114,17 @@ def _actors_that_fit(pool: ActorPool, num_blocks: int) -> int:
         if each > 0:
             room = min(room, int(total[resource] / each))
     return max(1, min(room, num_blocks))
+
+
+def _restarts() -> int:
+    """Return how often an actor that died is started again.
+
+    Among several machines one may be lost, and another takes its place. On one machine an actor dies for want of
+    memory, and would again, for ever by Ray's default.
+    """
+    import ray
+
+    return RESTARTS if len(ray.nodes()) > 1 else 0
 
 
 def _make_quiet() -> None:

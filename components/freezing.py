@@ -103,7 +103,8 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     kinds: dict[tuple[str, bool], list[str]] = {}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in trainable(model):
-        decayed = parameter.ndim >= 2 and id(parameter) not in embeddings
+        # Vectors (biases, norms, padding tokens stored as (1, D)) and embeddings are not pulled to zero.
+        decayed = sum(size > 1 for size in parameter.shape) >= 2 and id(parameter) not in embeddings
         kinds.setdefault((name.split(".")[0], decayed), []).append(name)
     return [ParameterGroup(component, decayed, tuple(names)) for (component, decayed), names in sorted(kinds.items())]
 

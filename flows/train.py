@@ -8,7 +8,6 @@ Everything random in the loop is a function of (seed, step, position in the glob
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from components.optim import make_optimizer, rate_factor, state_names
 from components.recipe import TrainSection, trains_text
 from flows.config import Config, recipe_fingerprint
 from flows.console import say, step
-from flows.encode import EncodedPaths, ensure_encoded
+from flows.encode import ensure_encoded
+from flows.job import Job
 from flows.prepare import ensure_dataset
 from flows.progress import RunProgress
 from flows.run_weights import RunWeights
@@ -35,19 +35,6 @@ from flows.train_step import Loop
 from flows.watch import Watch, load_split
 
 LOG_EVERY_STEPS = 10
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker is told."""
-
-    config: Config
-    base: Path
-    directory: Path
-    data: EncodedPaths
-    dataset: Path
-    mlflow_uri: str
-    mlflow_run_id: str
 
 
 # ------------------------------------------------------------------------------------------------- the driver
@@ -177,7 +164,7 @@ def train_worker(job: Job) -> None:
     weights = RunWeights(job.directory, engine, ema, names, kinds)
     progress = weights.resume(lambda step: loop.forward_backward(step))
     writer = CheckpointWriter(job.directory / "checkpoints", here.rank, here.world_size, placement.keep_checkpoints)
-    watch = Watch.open(job.config, job.data, job.dataset, parts, objective, here, job.base, job.directory)
+    watch = Watch.open(job, parts, objective, here)
     log = None
     pids = workers.gather(os.getpid())
     if here.rank == 0:

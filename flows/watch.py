@@ -24,8 +24,8 @@ from components.models import Parts, TextStates, decode_latents, load_parts
 from components.objective import Objective, per_image_losses
 from components.report import draw_grid
 from components.sampler import PictureRequest, sample_latents, to_images
-from flows.config import Config
 from flows.encode import EncodedPaths
+from flows.job import Job
 
 NUM_PROMPTS = 8
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -59,32 +59,23 @@ class Watch:
     num_images: int
 
     @staticmethod
-    def open(
-        config: Config,
-        paths: EncodedPaths,
-        dataset_dir: Path,
-        parts: Parts,
-        objective: Objective,
-        here: workers.WorkerContext,
-        base: Path,
-        directory: Path,
-    ) -> "Watch":
+    def open(job: Job, parts: Parts, objective: Objective, here: workers.WorkerContext) -> "Watch":
         """Load what is needed beside the trained model: the validation split and the autoencoder."""
-        data = load_split(paths, dataset_dir, "validation", parts)
-        items = load_dataset(dataset_dir).split("validation")
+        data = load_split(job.data, job.dataset, "validation", parts)
+        items = load_dataset(job.dataset).split("validation")
         distinct = {item.caption: row for row, item in reversed(list(enumerate(items)))}
         prompts = sorted((row, caption) for caption, row in distinct.items())[:NUM_PROMPTS]
-        vae = load_parts(base, only={"vae"}).vae
+        vae = load_parts(job.base, only={"vae"}).vae
         return Watch(
             parts=parts.with_modules(vae=vae),
             objective=objective,
             here=here,
-            directory=directory / "samples",
+            directory=job.directory / "samples",
             data=data,
             prompts=prompts,
-            steps=config.evaluate.sampling_steps,
-            guidance_scale=config.evaluate.guidance_scale,
-            num_images=min(config.train.eval_images, len(items)),
+            steps=job.config.evaluate.sampling_steps,
+            guidance_scale=job.config.evaluate.guidance_scale,
+            num_images=min(job.config.train.eval_images, len(items)),
         )
 
     def look(self, step: int, forward: Forward) -> dict[str, float]:

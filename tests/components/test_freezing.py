@@ -158,10 +158,9 @@ def test_groups_cover_what_trains_once_and_decay_spares_norms_biases_and_embeddi
             owner, _, leaf = name.rpartition(".")
             kind = type(model.get_submodule(owner)).__name__
             assert name.startswith(group.component + ".")
-            # Z-Image's own parameters (its learned pad tokens, shape 1 x D) belong to no layer: either would do.
-            if owner != "denoiser":
-                spared = leaf == "bias" or "Norm" in kind or kind == "Embedding"
-                assert group.decayed is not spared, (name, kind)
+            # Z-Image's learned pad tokens, vectors of shape 1 x D, belong to no layer.
+            spared = leaf == "bias" or "Norm" in kind or kind == "Embedding" or owner == "denoiser"
+            assert group.decayed is not spared, (name, kind)
 
 
 def test_groups_of_a_denoiser_plan_have_no_text_encoder_group(parts: Parts) -> None:

@@ -1,0 +1,20 @@
+"""What every worker of a run is told: small, picklable, the same for all ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.config import Config
+from flows.encode import EncodedPaths
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its config, where its inputs lie, and where its outputs and numbers go."""
+
+    config: Config
+    base: Path
+    directory: Path
+    data: EncodedPaths
+    dataset: Path
+    mlflow_uri: str
+    mlflow_run_id: str
