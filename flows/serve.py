@@ -218,7 +218,7 @@ def _stop(workspace: Workspace) -> dict[str, Any]:
 
 
 def _say_ready(record: dict[str, Any]) -> None:
-    say(f"ready: {record['url']} serves version {record['model_version']} (docs: {record['url']}/docs)")
+    say(f"ready: {record['url']} serves version {record['model_version']} (a page to try it: {record['url']})")
     body = json.dumps({"prompt": "a small red circle on a blue background", "seed": 1})
     say(f"  curl {record['url']}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'")
 
