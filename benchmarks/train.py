@@ -28,7 +28,7 @@ import torch.multiprocessing as multiprocessing
 from benchmarks.plain_loop import Clock, Step, decode, plain_loop
 from benchmarks.train_tables import show
 
-WORKERS, GLOBAL_BATCH, ROUNDS, STEPS_PER_ROUND = 2, 32, 7, 4
+WORKERS, GLOBAL_BATCH, ROUNDS, STEPS_PER_ROUND = 2, 32, 15, 4
 PICTURES = 256
 
 

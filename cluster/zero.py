@@ -73,6 +73,11 @@ def memory_table(trained: int, frozen: int, workers: int, bf16: bool, chosen: in
     return lines
 
 
+def keeps_gradients(options: "EngineOptions") -> bool:
+    """Whether this rank's part of the reduced gradients is in reach between the last backward and the step."""
+    return options.stage in (1, 2) and options.placement.offload == "none"
+
+
 def deepspeed_config(options: "EngineOptions", num_trained: int) -> dict[str, Any]:
     """Return the config for `deepspeed.initialize`; the optimizer is passed beside it (a rate for each group)."""
     stage, batch, placement = options.stage, options.batch, options.placement
@@ -89,11 +94,14 @@ def deepspeed_config(options: "EngineOptions", num_trained: int) -> dict[str, An
         zero["offload_optimizer"] = {"device": "cpu"}
     if placement.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
+    if keeps_gradients(options):
+        # The engine clips: DeepSpeed takes the norm tensor by tensor in double precision, 9 ms of a 210 ms step.
+        zero |= {"compute_grad_norm": False}
     config: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": options.clip_norm,
+        "gradient_clipping": 0.0 if keeps_gradients(options) else options.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cluster.engine import MASTER, EngineOptions, optimizer_tensors, prime_optimizer, set_rates, tensor_bytes
-from cluster.zero import deepspeed_config
+from cluster.workers import total
+from cluster.zero import deepspeed_config, keeps_gradients
 
 
 class ZeroEngine:
@@ -30,8 +31,8 @@ class ZeroEngine:
         )
         self.sharded = options.stage > 0
         self.masters: list[Tensor] = self._find_masters()
-        # Stages 1 and 2 keep the reduced gradients of this rank's part until the step; the others are watched passing.
-        self.keeps_gradients = options.stage in (1, 2) and options.placement.offload == "none"
+        self.keeps_gradients = keeps_gradients(options)
+        self._norm = torch.tensor(0.0)
         self._bad = torch.zeros((), device=options.device)
         for parameter in () if self.keeps_gradients else self.by_name.values():
             parameter.register_hook(self._watch)
@@ -67,7 +68,10 @@ class ZeroEngine:
 
     def gradients_finite(self) -> bool:
         if self.keeps_gradients:
-            return bool(torch.isfinite(torch.nn.utils.get_total_norm(self._reduced_gradients())))
+            # In fp32 whatever the gradients are: a bf16 norm has two digits.
+            norms = torch._foreach_norm(self._reduced_gradients(), dtype=torch.float32)
+            self._norm = torch.linalg.vector_norm(torch.stack(norms))
+            return bool(torch.isfinite(self._norm))
         return not bool(torch.isnan(self._bad))
 
     def step(self, rate_factor: float) -> float:
@@ -75,10 +79,19 @@ class ZeroEngine:
         norm = None
         if not self.sharded:  # stage 0 clips without telling the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.by_name.values() if p.grad is not None])
+        if self.keeps_gradients:
+            norm = self._clip()
         self.engine.step()
         self._bad.zero_()
         self._link_states()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _clip(self) -> Tensor:
+        """Scale this rank's part by the norm over all parts, which `gradients_finite` has taken; return that norm."""
+        norm = total(self._norm.square()).sqrt()
+        if self.options.clip_norm:
+            torch._foreach_mul_(self._reduced_gradients(), torch.clamp(self.options.clip_norm / (norm + 1e-6), max=1.0))
+        return norm
 
     def _link_states(self) -> None:
         # With several groups DeepSpeed links their optimizer states after the first group's step, when the others have
