@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "train.learning_rate.denoiser": 0.5,
     "train.learning_rate.text_encoder": 0.5,
     "placement.zero_stage": 3,
+    "evaluate.classes": ["a red circle", "a blue square"],
 }
 
 
@@ -146,6 +147,7 @@ def test_set_reads_values_as_people_write_them(override: str, value: Any) -> Non
         ("train.seed=99999999999999999999", r"config train\.seed: .*less than"),
         ("data.resolution_px=60", r"config data\.resolution_px: .*multiple of 8"),
         ("train=3", r"config train: .*found 3"),
+        ("evaluate.classes=[a cat]", r"config evaluate\.classes: expected none, or at least 2 different texts"),
     ],
 )
 def test_wrong_values_are_input_errors_with_path_and_value(override: str, message: str) -> None:
