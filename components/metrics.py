@@ -142,10 +142,10 @@ class LeftOut:
 
         Near 0 and 1 the jackknife has no width, where ignorance has; so that count is `n` at most.
         """
-        if self.standard_error == 0:
-            effective = float(self.n)
-        else:
-            effective = min(self.n, max(1.0, self.value * (1 - self.value) / self.standard_error**2))
+        effective = float(self.n)
+        if self.standard_error > 0:
+            likely = (self.value * self.n + 2) / (self.n + 4)  # Agresti & Coull: a share of 1 has a variance, too
+            effective = min(self.n, max(1.0, likely * (1 - likely) / self.standard_error**2))
         return Estimate(self.value, *_wilson_ends(self.value, effective, confidence), self.n)
 
     @property

@@ -56,8 +56,9 @@ TITLES = {
     FID: "FID",
     INCEPTION: "Inception Score",
 }
-LOWER_IS_BETTER = (LOSS, KID, CMMD, FID, COPYING, NEAR_COPIES)
-NEITHER_IS_BETTER = (DENSITY, DIVERSITY)
+LOWER_IS_BETTER = (LOSS, KID, CMMD, FID, NEAR_COPIES)
+# Copying: 0.5 is as near as unseen pictures. A model that draws another world has less, and is not better for it.
+NEITHER_IS_BETTER = (DENSITY, DIVERSITY, COPYING)
 NEED_ENCODER = (CLIP, KID, CMMD, COVERAGE, DENSITY, DIVERSITY, COPYING, NEAR_COPIES, FID, INCEPTION)
 SHARES = (COVERAGE, COPYING)
 BOUNDS = {DENSITY: (0.0, np.inf), FID: (0.0, np.inf), INCEPTION: (1.0, np.inf)}

@@ -38,8 +38,8 @@ MAX_LOSS_PICTURES = 2000
 """The first by hash; beyond that the interval is narrow and only the wait grows."""
 LOSS_BATCH = 16
 FEATURE_BATCH = 64
-SEED_STRIDE = 2**40
-"""Between a prompt's first seed and its next: larger than any number of prompts."""
+SEED_STRIDE = 1_000_003
+"""Between a prompt's first seed and its next. Not a power of two: torch's generator reads the low 32 bits only."""
 
 
 @dataclass(frozen=True)

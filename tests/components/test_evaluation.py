@@ -6,7 +6,7 @@ import pytest
 from components.compare import Paired
 from components.evaluation import Evaluation, Side, decided, lead, metric_rows
 from components.metrics import Estimate
-from components.scorecard import ADHERENCE, CLIP, DIVERSITY, FID, KID, LOSS, Scorecard
+from components.scorecard import ADHERENCE, CLIP, COPYING, DIVERSITY, FID, KID, LOSS, Scorecard
 
 BETTER = Paired(-0.1, -0.12, -0.08, 0.0005, 40, None)
 WORSE = Paired(0.1, 0.08, 0.12, 0.0005, 40, None)
@@ -21,6 +21,7 @@ def side(loss: float) -> Side:
         KID: Estimate(0.1, 0.0, 0.2, 3),
         FID: Estimate(90.0, 80.0, 99.0, 3),
         DIVERSITY: Estimate(0.1, 0.05, 0.2, 3),
+        COPYING: Estimate(0.4, 0.3, 0.6, 3),
         ADHERENCE: Estimate(2 / 3, 0.2, 0.9, 3),
     }
     return Side(Scorecard(estimates, {}), [], np.ones(3))
@@ -86,6 +87,7 @@ def test_what_is_never_compared_stands_beside_the_base_without_a_difference():
         (CLIP, WORSE, 1),
         (KID, WORSE, -1),
         (DIVERSITY, WORSE, 0),
+        (COPYING, WORSE, 0),
     ],
 )
 def test_a_row_is_coloured_only_where_the_difference_is_clear_and_has_a_good_side(key, change, better):

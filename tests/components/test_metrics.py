@@ -122,6 +122,8 @@ def test_jackknife_of_a_share_is_wilsons_interval_and_never_without_width():
     # the jackknife divides by n - 1: its effective count is 39
     assert (ours.value, ours.n) == (theirs.value, theirs.n)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.003)
+    nearly = LeftOut(1.0, (np.where(np.arange(64) < 3, 62 / 63, 1.0),), 64).share()  # three items hang on one other
+    assert 0.85 < nearly.low < proportion_wilson(64, 64).low + 1e-9 and nearly.high == 1
     for constant in (0.0, 1.0):
         certain = left_out_mean(np.full(40, constant)).share()
         assert (certain.low, certain.high) == pytest.approx(

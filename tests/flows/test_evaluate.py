@@ -73,6 +73,7 @@ def test_scorecard_of_a_run_has_every_metric_with_interval_and_count(config, mak
     counts = {name: estimate["n"] for name, estimate in result["scorecard"].items()}
     assert counts["denoising_loss"] == num_test > 8 and counts["clip_score"] == counts["kid"] == 8
     assert counts["prompt_diversity"] == 3
+    assert result["scorecard"]["prompt_diversity"]["low"] > 1e-5  # another seed is another picture
     assert result["scorecard"]["prompt_adherence"]["value"] == 0  # random weights draw no emblem
     band_mean = np.mean([result["scorecard"][band]["value"] for band in bands])
     assert result["scorecard"]["denoising_loss"]["value"] == pytest.approx(band_mean)
