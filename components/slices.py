@@ -33,7 +33,8 @@ def caption_slices(captions: Sequence[str], min_items: int = MIN_ITEMS) -> dict[
             for attribute in ATTRIBUTES:
                 value = getattr(emblem, attribute)
                 values[f"{attribute}: {COUNTS.get(value, value)}"].append(index)
-        order = sorted(values, key=lambda name: (ATTRIBUTES.index(name.split(":")[0]), name))
+        counts = {f"count: {word}": str(number) for number, word in COUNTS.items()}
+        order = sorted(values, key=lambda name: (ATTRIBUTES.index(name.split(":")[0]), counts.get(name, name)))
         slices |= {name: _mask(values[name], len(captions)) for name in order}
     else:
         slices |= _by_word(captions, min_items)

@@ -14,6 +14,7 @@ def test_emblems_are_sliced_by_length_and_by_what_they_show():
     slices = caption_slices(EMBLEMS)
     kinds = [name.split(":")[0] for name in slices]
     assert kinds == sorted(kinds, key=["length", "shape", "count", "background"].index)
+    assert [name for name in slices if name.startswith("count")] == ["count: one", "count: two", "count: three"]
     assert {"shape: star", "count: one", "count: three", "background: mint"} <= slices.keys()
     for name, mask in slices.items():
         kind, value = name.split(": ")

@@ -1,5 +1,6 @@
 """The config tree: unknown keys, overrides, YAML, and a fingerprint that placement cannot change."""
 
+import json
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -56,7 +57,7 @@ def another(key: str, kind: Any, default: Any) -> Any:
 
 
 def changed(key: str, value: Any) -> Config:
-    return load_config(overrides=[f"{key}={yaml.safe_dump(value).split(chr(10))[0]}"])
+    return load_config(overrides=[f"{key}={json.dumps(value)}"])
 
 
 @pytest.mark.parametrize(("key", "kind", "default"), leaves(TrainSection, "train"), ids=lambda value: str(value))
