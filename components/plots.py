@@ -87,6 +87,27 @@ def plot_bands(labels: Sequence[str], series: Mapping[str, Sequence[tuple[float,
     return _to_svg(figure)
 
 
+def plot_slices(labels: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], x_label: str) -> str:
+    """(value, low, high) of each series for each label, a line each from top to bottom; the last series is accented."""
+    figure, axes = _make_figure(height=1.2 + 0.26 * len(labels))
+    last = len(series) - 1
+    for index, (name, estimates) in enumerate(series.items()):
+        colour = ACCENT if index == last else OTHER
+        places = [row + (index - last / 2) * 0.3 for row in range(len(labels))]
+        ends = [[value - low for value, low, _ in estimates], [high - value for value, _, high in estimates]]
+        values = [value for value, _, _ in estimates]
+        axes.errorbar(values, places, xerr=ends, fmt="o", color=colour, markersize=4, elinewidth=1.8, label=name)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
+    axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
+    if len(series) > 1:
+        axes.legend(frameon=False, labelcolor=SOFT, fontsize=10.5, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    return _to_svg(figure)
+
+
 def whiskers(model: tuple[float, float, float], base: tuple[float, float, float] | None) -> str:
     """A line a side with (value, low, high), both on one scale: the model above, the base below."""
     rows = [row for row in (model, base) if row is not None]
@@ -102,8 +123,8 @@ def whiskers(model: tuple[float, float, float], base: tuple[float, float, float]
     return f'<svg viewBox="0 0 200 34" preserveAspectRatio="xMinYMid meet" aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def _make_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+def _make_figure(height: float = 3.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)

@@ -7,7 +7,7 @@ weightings and optimizers are checked here, so that a typo is an error before an
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PLANS = ("denoiser", "denoiser_attention", "text_encoder", "text_encoder_top:K", "all", "lora:R")
 
@@ -99,12 +99,25 @@ class TrainSection(Section):
 class EvaluateSection(Section):
     prompts: int = Field(64, ge=2)
     """Test captions drawn for the picture metrics (one picture each)."""
+    seeds_per_prompt: int = Field(2, ge=1, le=64)
+    """Pictures of one prompt that its diversity is measured on; 1 leaves diversity out."""
+    diversity_prompts: int = Field(16, ge=0)
+    """The first so many prompts are drawn from every seed, the others once."""
+    classes: tuple[str, ...] = ()
+    """Texts that the Inception Score sorts pictures by, such as "a photo of a cat"; empty: it is not measured."""
     sampling_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(3.0, ge=0)
     seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first picture; picture i uses seed + i."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples behind every bootstrap interval."""
+
+    @field_validator("classes")
+    @classmethod
+    def _enough_classes(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(classes) == 1 or len(set(classes)) < len(classes):
+            raise ValueError("expected none, or at least 2 different texts")
+        return classes
 
 
 def check_plan_name(plan: str) -> tuple[str, int | None]:

@@ -24,14 +24,17 @@ PIXELATED_UP_TO_PX = 128  # smaller pictures are shown with visible pixels and s
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of a model, of its base where that was measured, and of the paired difference model - base."""
+    """One metric of a model, of its base (or another model) where measured, and of the paired difference."""
 
     name: str
     note: str
     model: Estimate
     base: Estimate | None = None
     change: Estimate | None = None
-    lower_is_better: bool = False
+    better: int = 0
+    """1 or -1: the sign of a clear difference that is good; 0 where the difference is not clear or neither is good."""
+    decided: str = ""
+    """The p-value in words."""
 
 
 @dataclass(frozen=True)
@@ -87,30 +90,36 @@ def _compared(row: MetricRow) -> str:
 
 
 def _verdict(row: MetricRow) -> str:
-    """good or bad where the interval of the difference excludes zero, nothing otherwise."""
-    if row.change is None or row.change.low <= 0 <= row.change.high:
+    """good or bad where the difference is clear, nothing otherwise."""
+    if row.change is None or row.better == 0:
         return ""
-    return "good" if (row.change.value < 0) == row.lower_is_better else "bad"
+    return "good" if row.change.value * row.better > 0 else "bad"
 
 
-def scorecard_table(rows: Sequence[MetricRow]) -> str:
-    """Every metric with its 95 % interval; columns for the base and the difference only where some row has them."""
+def scorecard_table(rows: Sequence[MetricRow], model: str = "model", base: str = "base") -> str:
+    """Every metric with its 95 % interval, warning, encoder and count; columns only where some row fills them."""
     with_base = any(row.base is not None for row in rows)
-    head = ["metric", "model", *(["base", "difference"] if with_base else []), "items"]
+    with_encoder = any(row.model.encoder for row in rows)
+    head = ["metric", model, *([base, "difference"] if with_base else []), *(["encoder"] if with_encoder else [])]
     lines = []
     for row in rows:
-        cells = [f"{escape(row.name)}<small>{escape(row.note)}</small>", _interval(row.model)]
+        warning = f'<small class="warning">{escape(row.model.warning)}</small>' if row.model.warning else ""
+        cells = [f"{escape(row.name)}<small>{escape(row.note)}</small>{warning}", _interval(row.model)]
         if with_base:
-            change = (
-                ""
-                if row.change is None
-                else f'<span class="{_verdict(row)}">{_interval(row.change, signed=True)}</span>'
-            )
-            cells += [_interval(row.base) if row.base else "", change]
+            cells += [_interval(row.base) if row.base else "", _difference(row)]
+        if with_encoder:
+            cells.append(f"<code>{escape(row.model.encoder)}</code>" if row.model.encoder else "")
         cells.append(str(row.model.n))
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    titles = "".join(f"<th>{title}</th>" for title in head)
+    titles = "".join(f"<th>{escape(title)}</th>" for title in [*head, "items"])
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _difference(row: MetricRow) -> str:
+    if row.change is None:
+        return ""
+    decided = f'<small class="decided">{escape(row.decided)}</small>' if row.decided else ""
+    return f'<span class="{_verdict(row)}">{_interval(row.change, signed=True)}</span>{decided}'
 
 
 def cards(items: Sequence[Card]) -> str:

@@ -156,9 +156,10 @@ def evaluate(
     shared: Shared,
     model: Model,
     dataset: Annotated[str, typer.Option(help="NAME@FINGERPRINT; default: the data MODEL was trained on.")] = "",
+    against: Annotated[str, typer.Option(help="Another model to compare with; default: MODEL's base.")] = "",
 ) -> None:
     """Measure MODEL on the test split: scorecard with intervals, and an HTML report."""
-    shared.run("evaluate", lambda flow, config: flow.run(config, model, dataset))
+    shared.run("evaluate", lambda flow, config: flow.run(config, model, dataset, against))
 
 
 @verb

@@ -1,12 +1,14 @@
-"""`fresco evaluate MODEL`: a scorecard with intervals on the test split, and a report beside the base it came from.
+"""`fresco evaluate MODEL`: a scorecard with intervals on the test split, and a report beside another model.
 
-Find the model, its base and the dataset version; measure both on the same pictures, prompts and seeds; average; write
-the page, the grid and, last, the record. A repeated call with the same inputs says so and stops.
+Find the model, the one to compare with (the base it came from, or --against) and the dataset version; measure both on
+the same pictures, prompts and seeds; score; write the page, the grid and, last, the record. A repeated call with the
+same inputs says so and stops.
 """
 
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +18,42 @@ import yaml
 from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_bytes_atomic, write_json_atomic
 from cluster.errors import RegistryError
 from cluster.registry import TAG_BASE, TAG_COMMIT
+from components.clip_encoder import ClipEncoder
+from components.compare import Paired
 from components.dataset import DatasetVersion, load_dataset
-from components.encode import read_pictures
 from components.errors import InputError
-from components.evaluation_page import Evaluation, Side, make_grid, make_page
-from components.metrics import ClipEncoder, Estimate
+from components.evaluation import decided
+from components.evaluation_page import make_grid, make_page
+from components.metrics import Estimate
 from components.models import embedded_base, embedded_clip, load_parts
 from components.plots import Curve
 from components.report import rounded
-from components.scorecard import (
-    ADHERENCE,
-    CLIP,
-    KID,
-    LOSS,
-    TITLES,
-    Measurement,
-    Reference,
-    make_scorecard,
-    paired_change,
-)
+from components.scorecard import ADHERENCE, CLIP, KID, LOSS, TITLES
 from flows.config import Config
 from flows.console import say, step
-from flows.measure import VERSION, HeldOut, Performance, fingerprint_of, held_out, measure, shown, to_png
+from flows.drawing import fingerprint_of, to_png
+from flows.measure import VERSION, HeldOut, draw_seeds, held_out, measure
 from flows.models import ResolvedModel, resolve_model
 from flows.prepare import ensure_dataset
+from flows.score import numbers_of, score
 
 
-def run(config: Config, model: str, dataset: str = "") -> dict[str, Any]:
+def run(config: Config, model: str, dataset: str = "", against: str = "") -> dict[str, Any]:
     """Measure `model` on the test split of a dataset version; says so when that was done before.
 
     `dataset` (name@fingerprint) chooses the version; empty takes the one the model was trained on, and where that is
-    not in this workspace the present one of data.source.
+    not in this workspace the present one of data.source. `against` is the model to compare with, as MODEL is named;
+    empty takes the base that the model came from.
     """
     workspace = open_workspace(config.workspace)
     found = resolve_model(config, model)
+    other = _against(config, against, found) if against else _base_of(config, workspace, found)
     own = found.dataset if found.dataset and read_record(workspace.dataset_dir(found.dataset)) else ""
     config, version = _dataset(config, workspace, dataset or own)
     data = held_out(config, workspace, version)
     encoder = ClipEncoder(config.model.clip or embedded_clip())
-    base = _base_of(config, workspace, found)
-    paths = _paths(workspace, found, data)
-    inputs = [found.fingerprint, base.fingerprint if base else "", data.dataset.id, encoder.identity]
+    paths = _paths(workspace, found, other if against else None, data)
+    inputs = [found.fingerprint, other.fingerprint if other else "", against, data.dataset.id, encoder.identity]
     fingerprint = fingerprint_of([VERSION, *inputs, config.evaluate.model_dump()])
     record = read_json(paths["json"])
     if record and record["fingerprint"] == fingerprint and all(path.exists() for path in paths.values()):
@@ -65,13 +62,17 @@ def run(config: Config, model: str, dataset: str = "") -> dict[str, Any]:
         return _result(record, paths)
 
     step(f"evaluate {_reference(found)} on the {len(data.pictures)} test pictures of {data.dataset.id}")
-    performances = {"model": measure(config, workspace, found.directory, found.fingerprint, data)}
-    if base:
-        performances["base"] = measure(config, workspace, base.directory, base.fingerprint, data)
-    comparable = base is not None and _same_latents(found.directory, base.directory)
-    evaluation = _average(config, data, encoder, performances, comparable)
+    performances = []
+    for each in (found, other):
+        if each is not None:
+            performance = measure(config, workspace, each.directory, each.fingerprint, data)
+            by_seed = draw_seeds(config, workspace, each.directory, each.fingerprint, performance.drawn, data)
+            performances.append((each, replace(performance, by_seed=by_seed)))
+    comparable = other is not None and same_latents(found.directory, other.directory)
+    evaluation = score(config, workspace, data, encoder, performances, comparable)
+    evaluation = replace(evaluation, against=_reference(other) if against and other else "")
 
-    facts = _facts(found, data, encoder, base)
+    facts = _facts(found, data, encoder, other, bool(against))
     curves = _curves(workspace.run_dir(found.run_id)) if found.run_id else []
     page = make_page(_label(found), evaluation, facts, curves, _settings(config, workspace, found))
     write_bytes_atomic(paths["html"], page.encode())
@@ -79,14 +80,26 @@ def run(config: Config, model: str, dataset: str = "") -> dict[str, Any]:
     record = {
         "fingerprint": fingerprint,
         "model": _reference(found),
+        "against": evaluation.against,
         "dataset": data.dataset.id,
         "facts": facts,
         "config": config.model_dump(),
-        **_numbers(evaluation),
+        **numbers_of(evaluation),
     }
     write_json_atomic(paths["json"], record)
     _tell(record, paths)
     return _result(record, paths)
+
+
+def _against(config: Config, text: str, found: ResolvedModel) -> ResolvedModel:
+    """The model that --against names; InputError when it is the same one."""
+    other = resolve_model(config, text)
+    if other.fingerprint == found.fingerprint:
+        raise InputError(
+            f"--against expected another model than {_reference(found)}, found the same weights ({found.fingerprint})"
+            f" under {text!r}; name another run, version or folder"
+        )
+    return other
 
 
 def _dataset(config: Config, workspace: Workspace, wanted: str) -> tuple[Config, DatasetVersion]:
@@ -121,7 +134,7 @@ def _base_of(config: Config, workspace: Workspace, found: ResolvedModel) -> Reso
     return None if base.fingerprint == found.fingerprint else base
 
 
-def _same_latents(one: Path, other: Path) -> bool:
+def same_latents(one: Path, other: Path) -> bool:
     """Losses compare only in one latent space and for one prediction target (whatever precision the files have)."""
     first, second = (load_parts(directory, only={"vae"}) for directory in (one, other))
     weights, others = first.vae.state_dict(), second.vae.state_dict()
@@ -133,41 +146,18 @@ def _same_latents(one: Path, other: Path) -> bool:
     )
 
 
-def _average(
-    config: Config, data: HeldOut, encoder: ClipEncoder, performances: dict[str, Performance], comparable: bool
-) -> Evaluation:
-    """From what was done to what is claimed."""
-    plan = config.evaluate
-    real = read_pictures(data.pixels, [item.sha256 for item in data.prompts])
-    reference = Reference(encoder.texts(data.captions), encoder.images(real), plan.seed, plan.bootstrap)
-    measured, sides = {}, {}
-    for name, performance in performances.items():
-        shows_P = shown(data.captions, performance.drawn)
-        measured[name] = Measurement(performance.losses_NK, encoder.images(performance.drawn), shows_P)
-        sides[name] = Side(make_scorecard(measured[name], reference), performance.drawn, shows_P)
-    change = paired_change(measured["model"], measured["base"], reference, comparable) if "base" in measured else {}
-    seeds = [plan.seed + index for index in range(len(data.prompts))]
-    return Evaluation(sides["model"], sides.get("base"), change, data.captions, seeds, real)
-
-
-def _numbers(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "scorecard": evaluation.model.card.as_dict(),
-        "not_measured": dict(evaluation.model.card.not_measured),
-        "base_scorecard": evaluation.base.card.as_dict() if evaluation.base else None,
-        "change": {name: estimate.as_dict() for name, estimate in evaluation.change.items()},
-    }
-
-
-def _facts(found: ResolvedModel, data: HeldOut, encoder: ClipEncoder, base: ResolvedModel | None) -> dict[str, str]:
+def _facts(
+    found: ResolvedModel, data: HeldOut, encoder: ClipEncoder, other: ResolvedModel | None, against: bool
+) -> dict[str, str]:
     """Who, what and when; only what is known."""
+    name = (_reference(other) if against else other.name) if other else ""
     facts = {
         "Model": _reference(found),
         "Run": found.run_id if found.version is not None else None,
         "Weights": found.fingerprint,
+        "Other model" if against else "Base": f"{name} ({other.fingerprint})" if other else None,
         "Test data": data.dataset.id,
         "Trained on": found.dataset,
-        "Base": f"{base.name} ({base.fingerprint})" if base else None,
         "Encoder": f"{encoder.directory.name} ({encoder.identity})",
         "Code": found.lineage.get(TAG_COMMIT),
         "Measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -197,8 +187,9 @@ def _settings(config: Config, workspace: Workspace, found: ResolvedModel) -> dic
     return {title: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) for title, tree in settings.items()}
 
 
-def _paths(workspace: Workspace, found: ResolvedModel, data: HeldOut) -> dict[str, Path]:
-    stem = re.sub(r"[^A-Za-z0-9._@-]+", "-", f"evaluate-{_label(found)}-{data.dataset.id}")
+def _paths(workspace: Workspace, found: ResolvedModel, other: ResolvedModel | None, data: HeldOut) -> dict[str, Path]:
+    models = _label(found) + (f"-against-{_label(other)}" if other else "")
+    stem = re.sub(r"[^A-Za-z0-9._@-]+", "-", f"evaluate-{models}-{data.dataset.id}")
     return {kind: workspace.reports / f"{stem}.{kind}" for kind in ("html", "png", "json")}
 
 
@@ -217,17 +208,26 @@ def _reference(found: ResolvedModel) -> str:
 
 
 def _tell(record: dict[str, Any], paths: dict[str, Path]) -> None:
+    name = "other" if record["against"] else "base"
     for key in (LOSS, CLIP, KID, ADHERENCE):
         if key in record["scorecard"]:
             value, low, high = rounded(Estimate(**record["scorecard"][key]))
             before = (record["base_scorecard"] or {}).get(key)
-            compared = f"; base {rounded(Estimate(**before))[0]}" if before else ""
+            change = record["change"].get(key)
+            compared = f"; {name} {rounded(Estimate(**before))[0]}" if before else ""
+            if change:
+                items = "pictures" if key == LOSS else "prompts"
+                compared += f", {decided(_paired(change), items)}"
             say(f"  {TITLES[key]:<17} {value} ({low} to {high}, {record['scorecard'][key]['n']} items{compared})")
         else:
             say(f"  {TITLES[key]:<17} not measured: {record['not_measured'][key]}")
     say(f"report: {paths['html']}")
 
 
+def _paired(change: dict[str, Any]) -> Paired:
+    return Paired(change["value"], *(change[name] for name in ("low", "high", "p_value", "n", "needed")))
+
+
 def _result(record: dict[str, Any], paths: dict[str, Path]) -> dict[str, Any]:
-    numbers = {key: record[key] for key in ("model", "dataset", "scorecard")}
+    numbers = {key: record[key] for key in ("model", "against", "dataset", "scorecard", "not_measured", "change")}
     return {**numbers, "report": str(paths["html"]), "grid": str(paths["png"])}

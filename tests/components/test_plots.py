@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from components.plots import Curve, _running_mean, plot_bands, plot_curves, whiskers
+from components.plots import Curve, _running_mean, plot_bands, plot_curves, plot_slices, whiskers
 
 CURVES = [
     Curve("training", range(50), [1 / (1 + step) for step in range(50)], dense=True, accent=False),
@@ -15,11 +15,12 @@ CURVES = [
 BANDS = {"base": [(0.5, 0.4, 0.6), (0.7, 0.6, 0.8)], "model": [(0.3, 0.2, 0.4), (0.5, 0.4, 0.6)]}
 
 
-@pytest.fixture(params=["curves", "bands", "whiskers"])
+@pytest.fixture(params=["curves", "bands", "slices", "whiskers"])
 def svg(request):
     return {
         "curves": lambda: plot_curves(CURVES, "step"),
         "bands": lambda: plot_bands(["0–499", "500–999"], BANDS, "timestep"),
+        "slices": lambda: plot_slices(["shape: star (12)", "shape: heart (20)"], BANDS, "loss"),
         "whiskers": lambda: whiskers((0.5, 0.4, 0.6), (0.2, 0.1, 0.3)),
     }[request.param]
 
@@ -36,6 +37,13 @@ def test_names_stay_text():
     text = plot_curves(CURVES, "optimizer step")
     for word in ("training", "validation", "optimizer step"):
         assert f">{word}</text>" in text
+
+
+def test_slices_are_named_with_a_line_each_however_many():
+    few, many = (plot_slices([f"kind {i}" for i in range(n)], {"model": [(1, 0, 2)] * n}, "loss") for n in (3, 30))
+    assert all(f">kind {i}</text>" in many for i in range(30))
+    heights = [float(re.search(r'viewBox="0 0 \S+ (\S+)"', text).group(1)) for text in (few, many)]
+    assert heights[1] > 3 * heights[0]
 
 
 def test_two_plots_in_a_page_share_no_id():

@@ -51,10 +51,9 @@ def picture(value: int = 0, side_px: int = 16) -> Image.Image:
     return Image.fromarray(np.full((side_px, side_px, 3), value, np.uint8))
 
 
-def row(change: Estimate | None = None, lower_is_better: bool = False) -> MetricRow:
-    return MetricRow(
-        "score", "what it is", Estimate(0.5, 0.4, 0.6, 9), Estimate(0.3, 0.2, 0.4, 9), change, lower_is_better
-    )
+def row(change: Estimate | None = None, better: int = 0) -> MetricRow:
+    estimates = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.3, 0.2, 0.4, 9)
+    return MetricRow("score", "what it is", *estimates, change, better, "p = 0.25" if change else "")
 
 
 def test_a_page_is_balanced_and_fetches_nothing():
@@ -109,19 +108,26 @@ def test_numbers_are_rounded_to_what_the_interval_supports(estimate, shown):
 
 
 @pytest.mark.parametrize(
-    ("change", "lower_is_better", "colour"),
+    ("change", "better", "colour"),
     [
-        (Estimate(-0.2, -0.3, -0.1, 9), True, "good"),
-        (Estimate(0.2, 0.1, 0.3, 9), True, "bad"),
-        (Estimate(0.2, 0.1, 0.3, 9), False, "good"),
-        (Estimate(-0.2, -0.3, -0.1, 9), False, "bad"),
-        (Estimate(0.2, -0.1, 0.5, 9), False, ""),
-        (Estimate(-0.2, -0.5, 0.1, 9), True, ""),
+        (Estimate(-0.2, -0.3, -0.1, 9), -1, "good"),
+        (Estimate(0.2, 0.1, 0.3, 9), -1, "bad"),
+        (Estimate(0.2, 0.1, 0.3, 9), 1, "good"),
+        (Estimate(-0.2, -0.3, -0.1, 9), 1, "bad"),
+        (Estimate(0.2, 0.1, 0.3, 9), 0, ""),
     ],
 )
-def test_a_difference_is_coloured_only_where_its_interval_excludes_zero(change, lower_is_better, colour):
-    for html in (report.tiles([row(change, lower_is_better)]), report.scorecard_table([row(change, lower_is_better)])):
+def test_a_difference_is_coloured_only_where_it_is_clear_and_one_side_is_better(change, better, colour):
+    for html in (report.tiles([row(change, better)]), report.scorecard_table([row(change, better)])):
         assert f'<span class="{colour}">' in html
+
+
+def test_the_table_says_p_value_encoder_and_warning():
+    warned = MetricRow("FID", "", Estimate(9, 8, 10, 64, "0123456789ab", "biased below <b>10,000</b>"))
+    html = report.scorecard_table([row(Estimate(-0.2, -0.3, -0.1, 9)), warned])
+    for text in ("p = 0.25", "0123456789ab", "biased below &lt;b&gt;10,000", "encoder"):
+        assert text in html
+    assert "encoder" not in report.scorecard_table([row()])
 
 
 def test_the_table_has_columns_for_the_base_only_where_there_is_one():

@@ -1,5 +1,6 @@
 """The config tree: unknown keys, overrides, YAML, and a fingerprint that placement cannot change."""
 
+import json
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -20,6 +21,7 @@ OTHER: dict[str, Any] = {
     "train.learning_rate.denoiser": 0.5,
     "train.learning_rate.text_encoder": 0.5,
     "placement.zero_stage": 3,
+    "evaluate.classes": ["a red circle", "a blue square"],
 }
 
 
@@ -55,7 +57,7 @@ def another(key: str, kind: Any, default: Any) -> Any:
 
 
 def changed(key: str, value: Any) -> Config:
-    return load_config(overrides=[f"{key}={yaml.safe_dump(value).split(chr(10))[0]}"])
+    return load_config(overrides=[f"{key}={json.dumps(value)}"])
 
 
 @pytest.mark.parametrize(("key", "kind", "default"), leaves(TrainSection, "train"), ids=lambda value: str(value))
@@ -146,6 +148,7 @@ def test_set_reads_values_as_people_write_them(override: str, value: Any) -> Non
         ("train.seed=99999999999999999999", r"config train\.seed: .*less than"),
         ("data.resolution_px=60", r"config data\.resolution_px: .*multiple of 8"),
         ("train=3", r"config train: .*found 3"),
+        ("evaluate.classes=[a cat]", r"config evaluate\.classes: expected none, or at least 2 different texts"),
     ],
 )
 def test_wrong_values_are_input_errors_with_path_and_value(override: str, message: str) -> None:
