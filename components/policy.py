@@ -123,7 +123,9 @@ def check_champion(champion: Champion | None) -> Check:
 def check_forgetting(evidence: Evidence, gate: GateSection) -> Check:
     """On the champion's own test pictures the loss is not higher by more than `max_forgetting`."""
     if evidence.own is None:
-        note = "the champion's own data is the new data: the improvement check speaks for both"
+        known = evidence.champion is not None and evidence.champion.dataset is not None
+        same = "the champion's own data is the new data: the improvement check speaks for both"
+        note = same if known else "nothing says what data the champion was trained on: forgetting cannot be measured"
         return Check(FORGETTING, "skipped", note)
     own = evidence.own
     if own.candidate_N is None or own.champion_N is None:

@@ -131,7 +131,9 @@ class GateSection(Section):
     anchor_prompts: tuple[str, ...] = ()
     """Prompts every candidate draws, whatever its data; empty: the first test captions of version 1's data."""
     keep_versions: int = Field(5, ge=0)
-    """Versions besides champion and previous that retention keeps."""
+    """Versions besides champion and previous that retention keeps; older ones are marked as retired."""
+    delete_retired: bool = False
+    """Delete the weights and checkpoints of retired versions; without it nothing is ever deleted."""
 
 
 def check_plan_name(plan: str) -> tuple[str, int | None]:

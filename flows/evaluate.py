@@ -68,7 +68,7 @@ def run(config: Config, model: str, dataset: str = "") -> dict[str, Any]:
     performances = {"model": measure(config, workspace, found.directory, found.fingerprint, data)}
     if base:
         performances["base"] = measure(config, workspace, base.directory, base.fingerprint, data)
-    comparable = base is not None and _same_latents(found.directory, base.directory)
+    comparable = base is not None and same_latents(found.directory, base.directory)
     evaluation = _average(config, data, encoder, performances, comparable)
 
     facts = _facts(found, data, encoder, base)
@@ -121,7 +121,7 @@ def _base_of(config: Config, workspace: Workspace, found: ResolvedModel) -> Reso
     return None if base.fingerprint == found.fingerprint else base
 
 
-def _same_latents(one: Path, other: Path) -> bool:
+def same_latents(one: Path, other: Path) -> bool:
     """Losses compare only in one latent space and for one prediction target (whatever precision the files have)."""
     first, second = (load_parts(directory, only={"vae"}) for directory in (one, other))
     weights, others = first.vae.state_dict(), second.vae.state_dict()
