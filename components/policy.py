@@ -10,7 +10,7 @@ sqrt(2) * seed_spread. The other checks ask about these weights, which are what 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from scipy import special
@@ -45,7 +45,10 @@ class Decision:
 
 def decide(evidence: Evidence, gate: GateSection) -> Decision:
     """Run the checks in order; what needs a champion is skipped where there is none, or none that loads."""
-    checks = [check_data(evidence.data, gate), check_served(evidence.served, gate), check_champion(evidence.champion)]
+    data = check_data(evidence.data, gate)
+    if evidence.champion is None and data.outcome != "pass":  # nothing is compared, so nothing is open
+        data = replace(data, outcome="skipped")
+    checks = [data, check_served(evidence.served, gate), check_champion(evidence.champion)]
     comparable = evidence.champion is not None and checks[-1].outcome == "pass"
     if comparable and checks[1].outcome == "pass":
         checks += [

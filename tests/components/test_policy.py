@@ -53,6 +53,12 @@ CASES = {
         "champion skipped",
         "there was no champion before",
     ),
+    "first model with few pictures": (
+        Evidence(NewData("new@1", 12), SERVED),
+        "promote",
+        "data skipped",
+        "12 test pictures, at least 20",
+    ),
     "first model that does not serve": (
         Evidence(NewData("new@1", N), Served(problem="NonFiniteError: NaN")),
         "reject",
