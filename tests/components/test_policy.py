@@ -111,7 +111,7 @@ CASES = {
     "no better": (replace(GOOD, new=losses(1.0)), "hold", "improvement inconclusive", "seed of one recipe"),
     "worse": (replace(GOOD, new=losses(1.1)), "reject", "improvement fail", "shown not to be"),
     "little better than wanted, few pictures": (
-        replace(GOOD, new=replace(losses(1.0), candidate_N=ITEM * 0.968 * JITTER**8)),
+        replace(GOOD, new=replace(losses(1.0), candidate_N=ITEM * 0.957 * JITTER**8)),
         "hold",
         "improvement inconclusive",
         "about [0-9]+ more test pictures would decide",
