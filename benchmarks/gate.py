@@ -29,7 +29,7 @@ def main() -> None:
     spread = float(equal.mean(axis=1).std(ddof=1) / equal.mean())
     gain = 1 - float(better.mean() / equal.mean())
     print(
-        f"\nloss {equal.mean():.4f}; spread between {EQUAL_RUNS} seeds: {spread:.2%} of it; twice the steps: {gain:.2%} lower"
+        f"\nloss {equal.mean():.4f}; spread between {EQUAL_RUNS} seeds: {spread:.2%}; twice the steps: {gain:.2%} lower"
     )
     print(
         "\n| pictures | gate | equal promoted (binomial 95 %; jackknife 95 % over runs) | better promoted | predicted |"
