@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -58,7 +59,7 @@ def wait_for(ready: object, process: "subprocess.Popen[bytes]", log: Path) -> No
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[str]:
+def postgres(folder: Path, log: Path) -> Iterator[str]:
     """A cluster of its own in `folder` over a free port; PostgreSQL refuses to run as root."""
     binaries = postgres_folder()
     if binaries is None:
@@ -70,10 +71,8 @@ def postgres(folder: Path) -> Iterator[str]:
         except KeyError:
             account = pwd.getpwnam("nobody")
         os.chown(folder, account.pw_uid, account.pw_gid)
-        for parent in [folder, *folder.parents][:3]:  # pytest's folders are closed to others
-            parent.chmod(parent.stat().st_mode | 0o011)
         person = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    data, port, log = folder / "data", free_port(), folder.parent / "postgres.log"
+    data, port = folder / "data", free_port()
     initdb = [str(binaries / "initdb"), "-D", str(data), "-U", "fresco", "--auth=trust", "--no-sync", "-E", "UTF8"]
     subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **person)  # type: ignore[call-overload]
     options = ["-c", "listen_addresses=127.0.0.1", "-c", f"port={port}", "-c", "fsync=off"]
@@ -98,8 +97,9 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:
         if request.param == "postgresql":
-            (folder / "postgres").mkdir()
-            store = stack.enter_context(postgres(folder / "postgres"))
+            # Not below pytest's folder: that is closed to the account PostgreSQL runs as, and too long for its socket.
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix="fresco-pg-"))
+            store = stack.enter_context(postgres(Path(own), folder / "postgres.log"))
         else:
             store = f"sqlite:///{folder / 'mlflow.db'}"
         port, log = free_port(), folder / "mlflow.log"
