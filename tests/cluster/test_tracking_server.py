@@ -46,8 +46,9 @@ def running(command: list[str], log: Path, **options: object) -> Iterator["subpr
     try:
         yield process
     finally:
-        os.killpg(process.pid, 2)
-        process.wait(60)
+        if process.poll() is None:
+            os.killpg(process.pid, 2)
+            process.wait(60)
 
 
 def wait_for(ready: object, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -88,7 +89,7 @@ def postgres(folder: Path, log: Path) -> Iterator[str]:
                 return False
 
         wait_for(answers, process, log)
-        yield f"postgresql://fresco@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://fresco@127.0.0.1:{port}/postgres"
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
