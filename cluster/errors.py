@@ -32,3 +32,7 @@ class RegistryError(RuntimeError):
     """The model registry has no such model, version or alias, or refused a change."""
 
     exit_code = 1
+
+
+class ChampionMovedError(RegistryError):
+    """Another promoter changed the champion between the evidence and the move; nothing was changed."""

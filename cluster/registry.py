@@ -1,8 +1,7 @@
-"""Which model versions exist, what made each, and which one serves: MLflow's registry through its client only.
+"""Which model versions exist, what made each, and where the aliases point: MLflow's registry through its client only.
 
 A version is a pointer to a diffusers directory in the workspace plus tags for its lineage; weights are never copied or
-pickled into MLflow. Aliases have no history and no compare-and-swap there, so they move here only: under the workspace
-lock, previous before champion (a crash in between loses nothing), and are read again after the write.
+pickled into MLflow. How aliases move, safely and with a history, is in `champion.py`.
 """
 
 import logging
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, unquote
 
 from cluster.artifacts import Workspace
 from cluster.errors import RegistryError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
+CHALLENGER = "challenger"
 
 TAG_RUN = "fresco.run_id"
 TAG_DATASET = "fresco.dataset"
@@ -35,6 +36,13 @@ TAG_PARENT = "fresco.parent"
 TAG_PATH = "fresco.path"
 """Path of the pipeline inside the workspace, so that a moved workspace still finds it."""
 TAG_SINCE = "fresco.champion_since"
+TAG_DECISION = "fresco.decision"
+TAG_SCORECARD = "fresco.scorecard"
+TAG_ENCODER = "fresco.encoder"
+TAG_RETIRED = "fresco.retired"
+
+SOURCE_SCHEME = "fresco://"
+"""A tracking server refuses sources that are local paths outside its own artifacts; ours is only a note for people."""
 
 ATTEMPTS = 3
 RETRY_AFTER_S = 0.5
@@ -56,15 +64,6 @@ class Version:
     @property
     def uri(self) -> str:
         return f"models:/{self.name}/{self.number}"
-
-
-@dataclass(frozen=True)
-class Move:
-    """The aliases after a move; `changed` is false when the version was the champion already."""
-
-    champion: Version
-    previous: Version | None
-    changed: bool
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Registry:
             made = self._call(
                 lambda: self._client.create_model_version(
                     name,
-                    str(pipeline_dir),
+                    SOURCE_SCHEME + quote(str(pipeline_dir.resolve())),
                     run_id=mlflow_run_id,
                     tags={**tags, **self._path_tag(pipeline_dir)},
                     await_creation_for=0,
@@ -133,28 +132,25 @@ class Registry:
             )
         return self.by_number(name, int(made.version))
 
-    def move_champion(self, name: str, number: int, owner: str, notify: Callable[[str], None] | None = None) -> Move:
-        """Point `champion` to a version and `previous` to the old champion; says so when nothing had to move."""
-        with hold_lease(self.lock_path(name), owner, notify=notify) as confirm:
-            wanted = self.by_number(name, number)
-            old = self.by_alias(name, CHAMPION)
-            if old is not None and old.number == number:
-                return Move(old, self.by_alias(name, PREVIOUS), changed=False)
-            confirm()
-            if old is not None:
-                self._set_alias(old, PREVIOUS)
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            self._call(lambda: self._client.set_model_version_tag(name, str(number), TAG_SINCE, since))
-            confirm()
-            self._set_alias(wanted, CHAMPION)
-            champion, previous = self.by_alias(name, CHAMPION), self.by_alias(name, PREVIOUS)
-        found = (champion and champion.number, previous and previous.number)
-        if champion is None or found != (number, old.number if old is not None else found[1]):
+    def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Add tags to a version; a text longer than MLflow keeps is cut."""
+        for key, text in tags.items():
+            self._call(partial(self._client.set_model_version_tag, version.name, str(version.number), key, text[:5000]))
+
+    def set_alias(self, name: str, alias: str, number: int | None) -> None:
+        """Point an alias to a version, or remove it for None, and read it again; only under `lock_path`."""
+        before = self.by_alias(name, alias)
+        if number is not None:
+            self._call(lambda: self._client.set_registered_model_alias(name, alias, str(number)))
+        elif before is not None:
+            self._call(lambda: self._client.delete_registered_model_alias(name, alias))
+        after = self.by_alias(name, alias)
+        found = after.number if after else None
+        if found != number:
             raise RegistryError(
-                f"aliases of {name} expected to be champion {number} after the write, found champion {found[0]} and"
-                f" previous {found[1]}: somebody else moves aliases in {self.uri}; end that and promote again"
+                f"alias {alias} of {name} expected to be {number or 'gone'} after the write, found {found or 'none'}:"
+                f" somebody else moves aliases in {self.uri}; end that and run the command again"
             )
-        return Move(champion, previous, changed=True)
 
     def directory_of(self, version: Version) -> Path:
         """Return the pipeline directory of a version; RegistryError when it is gone."""
@@ -202,9 +198,6 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _set_alias(self, version: Version, alias: str) -> None:
-        self._call(lambda: self._client.set_registered_model_alias(version.name, alias, str(version.number)))
-
     def _look(self, read: Callable[[], T]) -> T | None:
         """Run a read whose 'there is none' is an answer."""
         from mlflow.exceptions import MlflowException
@@ -241,6 +234,7 @@ class Registry:
 
 
 def _version(entry: Any) -> Version:
-    return Version(
-        entry.name, int(entry.version), str(entry.source), entry.creation_timestamp / 1000, dict(entry.tags or {})
-    )
+    source = str(entry.source)
+    if source.startswith(SOURCE_SCHEME):
+        source = unquote(source.removeprefix(SOURCE_SCHEME))
+    return Version(entry.name, int(entry.version), source, entry.creation_timestamp / 1000, dict(entry.tags or {}))

@@ -8,9 +8,11 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_thread import PainterThread
@@ -60,10 +62,13 @@ class ImagesReplica:
 
 
 @contextmanager
-def endpoint(source: ModelSource, settings: ServeSection, placement: PlacementSection) -> Iterator[str]:
+def endpoint(
+    source: ModelSource, settings: ServeSection, placement: PlacementSection, application: str = APPLICATION
+) -> Iterator[str]:
     """Serve a model for the length of the block; yields the URL once a first picture was drawn.
 
-    Starts Ray (or shares the running one). PlacementError, before anything starts, when the port cannot be had;
+    Starts Ray (or shares the running one). Another `application` stands beside the one that serves, under a path of its
+    own name, and never replaces it. PlacementError, before anything starts, when the port cannot be had;
     EndpointError when the model does not become ready.
     """
     port = find_port(settings.host, settings.port)
@@ -74,15 +79,16 @@ def endpoint(source: ModelSource, settings: ServeSection, placement: PlacementSe
     shared = ray.is_initialized()
     with local_session(placement.model_copy(update=room)):
         try:
-            _deploy(source, settings, port)
-            url = url_of(settings.host, port)
+            route = "" if application == APPLICATION else f"/{application}"
+            _deploy(source, settings, port, application, route)
+            url = url_of(settings.host, port) + route
             wait_until_ready(url)
             yield url
         finally:
-            _remove(shared)
+            _remove(application, shared)
 
 
-def _deploy(source: ModelSource, settings: ServeSection, port: int) -> None:
+def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
@@ -101,17 +107,27 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int) -> None:
         logging_config=quiet,
     )
     images = as_deployment(serve.ingress()(ImagesReplica)).bind(source, settings.model_dump())
-    serve.run(images, name=APPLICATION, route_prefix="/")
+    serve.run(images, name=application, route_prefix=route or "/")
 
 
-def _remove(shared: bool) -> None:
+def replica_memory_bytes(application: str) -> int:
+    """Resident memory of an application's replicas on this machine, 0 where there are none."""
+    found = 0
+    for process in psutil.process_iter(["cmdline"]):
+        if f"ServeReplica:{application}:" in " ".join(process.info["cmdline"] or []):
+            with suppress(psutil.NoSuchProcess):
+                found += process.memory_info().rss
+    return found
+
+
+def _remove(application: str, shared: bool) -> None:
     """Drain and end the replica. Serve itself ends with the Ray session, or here when that goes on in this process.
 
     On a cluster that was joined, Serve stays: other applications may run on it.
     """
     from ray import serve
 
-    serve.delete(APPLICATION)
+    serve.delete(application)
     if shared:
         serve.shutdown()
 

@@ -1,4 +1,4 @@
-"""The config sections that change the result: data, model, training, evaluation.
+"""The config sections about the result: data, model, training, evaluation, and the gate.
 
 Everything here is part of a run's identity (its fingerprint) unless the field's note says otherwise. What must not
 change the result (workers, devices, micro batch, addresses) lives in `cluster/placement.py`. Names of plans, schedules,
@@ -118,6 +118,35 @@ class EvaluateSection(Section):
         if len(classes) == 1 or len(set(classes)) < len(classes):
             raise ValueError("expected none, or at least 2 different texts")
         return classes
+
+
+class GateSection(Section):
+    """When a candidate replaces the champion; never part of a run's fingerprint. Shares are of the champion's loss."""
+
+    significance: float = Field(0.05, gt=0, lt=0.5)
+    """Chance of each check to pass a model that should not (one-sided)."""
+    power: float = Field(0.8, gt=0.5, lt=1)
+    """Chance of finding what is there, behind every "so many pictures would decide"."""
+    min_improvement: float = Field(0.01, ge=0, lt=1)
+    """Share by which the loss on the new data must be lower, beyond doubt; smaller gains are not worth a swap."""
+    seed_spread: float = Field(0.01, ge=0, lt=1)
+    """Standard deviation, as a share, of the loss between seeds of one recipe: `make bench-gate` measures it."""
+    max_forgetting: float = Field(0.05, ge=0)
+    """Share by which the loss on the champion's own test pictures may be higher."""
+    max_clip_drop: float = Field(1.0, ge=0)
+    """Points (of 100) by which the CLIP score may be lower, on new prompts and on anchor prompts."""
+    max_coverage_drop: float = Field(0.2, ge=0, le=1)
+    """Points by which coverage (a share of the test pictures) may be lower."""
+    min_test_pictures: int = Field(20, ge=2)
+    """Fewer test pictures decide nothing."""
+    time_budget_s: float = Field(30.0, gt=0)
+    """Seconds in which the candidate must answer the gate's prompts over HTTP, after it is ready."""
+    anchor_prompts: tuple[str, ...] = ()
+    """Prompts every candidate draws, whatever its data; empty: the first test captions of version 1's data."""
+    keep_versions: int = Field(5, ge=0)
+    """Versions besides champion and previous that retention keeps; older ones are marked as retired."""
+    delete_retired: bool = False
+    """Delete the weights and checkpoints of retired versions; without it nothing is ever deleted."""
 
 
 def check_plan_name(plan: str) -> tuple[str, int | None]:

@@ -163,9 +163,28 @@ def evaluate(
 
 
 @verb
-def promote(shared: Shared, model: Model) -> None:
-    """Register MODEL with its lineage and make it the champion; evaluates it first when needed."""
-    shared.run("promote", lambda flow, config: flow.run(config, model))
+def promote(
+    shared: Shared,
+    model: Model,
+    force: Annotated[bool, typer.Option("--force", help="Promote in spite of the gate; journaled as forced.")] = False,
+) -> None:
+    """Compare MODEL with the champion and make it the champion if the gate lets it through."""
+    shared.run("promote", lambda flow, config: flow.run(config, model, force))
+
+
+@verb
+def rollback(
+    shared: Shared,
+    reason: Annotated[str, typer.Option("--reason", help="Why; goes into the journal.")] = "",
+) -> None:
+    """Make the previous champion the champion again."""
+    shared.run("rollback", lambda flow, config: flow.run(config, reason))
+
+
+@verb
+def history(shared: Shared) -> None:
+    """Say which version served when, and on what evidence."""
+    shared.run("history", lambda flow, config: flow.run(config))
 
 
 @verb

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from cluster.placement import PlacementSection, ServeSection
 from components.errors import InputError
-from components.recipe import DataSection, EvaluateSection, ModelSection, Section, TrainSection
+from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection, Section, TrainSection
 
 DEFAULT_PRESET = "tiny_cpu"
 
@@ -29,6 +29,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    gate: GateSection = GateSection()
     serve: ServeSection = ServeSection()
     placement: PlacementSection = PlacementSection()
 

@@ -112,14 +112,14 @@ def _remote(config: Config, url: str | None) -> Any:
     address = str(url).rstrip("/").removesuffix("/v1")
 
     def draw(prompt: str, wish: Wish) -> Drawn:
-        answer = _post(f"{address}/v1/images/generations", wish.body(prompt))
+        answer = post(f"{address}/v1/images/generations", wish.body(prompt))
         pngs = [base64.b64decode(picture["b64_json"]) for picture in answer["data"]]
         return Drawn(pngs, answer["seeds"], answer["model_version"])
 
     return draw
 
 
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """Send one request; EndpointError with the endpoint's own words when it refuses."""
     try:
         timeout = httpx.Timeout(DRAWING_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)

@@ -1,131 +1,246 @@
-"""fresco promote: register a model with its lineage, check that it draws, and make it the champion.
+"""fresco promote: register a model, let the gate compare it with the champion, and make it the champion or say why not.
 
-In order: find it, load it and draw one picture, have a scorecard (evaluate when there is none), register, move the
-aliases, write the journal. A model that draws nothing finite is rejected and the champion stays. Whether it is *better*
-is not decided here yet; the reasons say so.
+In order: find it, register it as challenger, start it on the real serving path, have its scorecard, measure it beside
+the champion, decide (`components/policy.py`), move the aliases, write card, tags and journal, let old versions retire.
+Where another promotion came first, the comparison is made again with the new champion.
 """
 
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
+from cluster.artifacts import Workspace, append_journal, open_workspace
+from cluster.champion import NO_CHAMPION, PROMOTE, RETIRE, Move, move_champion, retire, set_challenger, settle
+from cluster.errors import ChampionMovedError, RegistryError
 from cluster.registry import (
     CHAMPION,
     PREVIOUS,
     TAG_BASE,
+    TAG_DATASET,
     TAG_MODEL_FINGERPRINT,
     TAG_PARENT,
-    Move,
+    TAG_RETIRED,
     Registry,
     Version,
 )
 from components.errors import NonFiniteError
+from components.evidence import Champion, Evidence, NewData
+from components.policy import Decision, decide
 from flows import evaluate
 from flows.config import Config
 from flows.console import program, say, step
+from flows.gather import Contest, gather
+from flows.keep import delete_weights, has_card, write_card, write_evidence
 from flows.models import ResolvedModel, keep_in_workspace, resolve_model
+from flows.rehearse import rehearse
 
-EVENT = "promote"
-NO_GATE = "the statistical gate is not part of this version: promoted on request, not because it measured better"
+ATTEMPTS = 3
+"""Comparisons made again because the champion changed meanwhile."""
+FORCED = "forced: promoted in spite of the gate, on request"
 
 
-def run(config: Config, model: str) -> dict[str, Any]:
-    """Make `model` the champion, or say why not; promoting the champion again changes nothing."""
+@dataclass(frozen=True)
+class Judged:
+    """A candidate version with what the gate said about it."""
+
+    version: Version
+    model: ResolvedModel
+    decision: Decision
+    evaluated: dict[str, Any]
+    champion: int
+    """The version it was compared with; 0 for none."""
+
+
+def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
+    """Make `model` the champion if the gate lets it through, or with `force` anyway."""
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
+    for repair in settle(registry, config.name):
+        say(repair)
     found = resolve_model(config, model)
     step(f"promote {found.name} (weights {found.fingerprint})")
+    version = _register(config, workspace, registry, found)
+    champion = registry.by_alias(config.name, CHAMPION)
+    if champion is not None and champion.number == version.number:
+        return _unchanged(config, registry, champion, evaluate.run(config, model))
+    set_challenger(registry, config.name, version.number)
     try:
-        check_drawing(found, config)
-        evaluated = evaluate.run(config, model)
-    except NonFiniteError as error:
-        return _reject(workspace, registry, config, found, f"the model does not draw: {error}")
-    directory = keep_in_workspace(workspace, found)
-    version = registry.register(config.name, directory, _tags(registry, config, found), found.mlflow_run_id)
-    move = registry.move_champion(config.name, version.number, f"promote {found.name}", notify=say)
-    result = _result("promote", _reasons(move), move.champion, move.champion, move.previous)
-    result["report"] = evaluated["report"]
-    if move.changed or not _journaled(workspace, version.number):
-        append_journal(workspace, EVENT, name=config.name, model=found.name, **_numbers(result, evaluated))
-    _tell(config, result, move)
-    return result
+        return _contest(config, workspace, registry, replace(found, version=version.number), model, force)
+    finally:
+        set_challenger(registry, config.name, None)
 
 
 def plan(config: Config) -> list[str]:
     """Say what `run` would do."""
+    gate = config.gate
     return [
-        "find the model, load it and draw one picture",
+        f"find the model and register it as a version of {config.name} with its lineage, as challenger",
+        f"start it on the serving path, ask for pictures (at most {gate.time_budget_s:g} s), compare with the sampler",
         "evaluate it, unless its scorecard is there",
-        f"register it as a version of {config.name} with its lineage",
-        f"move {CHAMPION} to it and {PREVIOUS} to what serves now; write the journal",
+        "measure it beside the champion: new data, the champion's own data, anchor prompts",
+        f"decide: forgetting at most {gate.max_forgetting:.1%}, improvement more than {gate.min_improvement:.1%} at"
+        f" significance {gate.significance:g}, CLIP score not more than {gate.max_clip_drop:g} lower, coverage",
+        f"if it passes, move {CHAMPION} to it and {PREVIOUS} to what serves now; write card, tags and journal",
     ]
 
 
-def check_drawing(model: ResolvedModel, config: Config) -> None:
-    """Load the pipeline and draw one picture; NonFiniteError when a pixel is not finite."""
-    import torch
+def _contest(
+    config: Config, workspace: Workspace, registry: Registry, found: ResolvedModel, model: str, force: bool
+) -> dict[str, Any]:
+    """Judge and act; again when somebody else's promotion came in between."""
+    served = rehearse(config, found)
+    for attempt in range(1, ATTEMPTS + 1):
+        judged = _judge(config, workspace, registry, found, model, served)
+        wanted = judged.decision.verdict == "promote" or (force and not served.problem)
+        line = _line(config, judged, forced=wanted and judged.decision.verdict != "promote")
+        try:
+            if wanted:
+                move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
+                return _promoted(config, workspace, registry, judged, move, line)
+            return _refused(config, workspace, registry, judged, line)
+        except ChampionMovedError as error:
+            if attempt == ATTEMPTS:
+                raise
+            say(f"{error}; comparing with that one")
+    raise AssertionError("unreachable")
 
-    from components.models import load_parts
-    from components.sampler import PictureRequest, draw
 
-    side_px = config.data.resolution_px
-    parts = load_parts(model.directory, device="cuda" if torch.cuda.is_available() else "cpu")
-    draw(parts, [PictureRequest("a picture", steps=config.serve.default_steps, width_px=side_px, height_px=side_px)])
-
-
-def _tags(registry: Registry, config: Config, model: ResolvedModel) -> dict[str, str]:
-    """Lineage of a model: what its run recorded, its weights, and the version it was trained from, if registered."""
+def _register(config: Config, workspace: Workspace, registry: Registry, model: ResolvedModel) -> Version:
+    if model.version is not None:
+        return registry.by_number(config.name, model.version)
+    directory = keep_in_workspace(workspace, model)
     tags = {**model.lineage, TAG_MODEL_FINGERPRINT: model.fingerprint}
     base = tags.get(TAG_BASE)
     parents = [v for v in registry.versions(config.name) if base and v.tags.get(TAG_MODEL_FINGERPRINT) == base]
-    return {**tags, TAG_PARENT: parents[-1].uri} if parents else tags
+    tags |= {TAG_PARENT: parents[-1].uri} if parents else {}
+    return registry.register(config.name, directory, tags, model.mlflow_run_id)
 
 
-def _reasons(move: Move) -> list[str]:
-    if not move.changed:
-        return [f"version {move.champion.number} is the champion already: nothing changed"]
-    first = [] if move.previous else ["there was no champion before"]
-    return [*first, "the pipeline loads and draws a finite picture", NO_GATE]
+def _judge(
+    config: Config, workspace: Workspace, registry: Registry, found: ResolvedModel, model: str, served: Any
+) -> Judged:
+    """Measure against the present champion and decide; a model that breaks while it is measured does not serve."""
+    old = registry.by_alias(config.name, CHAMPION)
+    facts, champion = _champion(config, old, found)
+    version = registry.by_number(config.name, found.version or 0)
+    evaluated: dict[str, Any] = {"report": None, "scorecard": {}, "dataset": found.dataset or "", "grid": None}
+    evidence = Evidence(NewData(evaluated["dataset"], 0), served, facts)
+    if not served.problem:
+        try:
+            evaluated = evaluate.run(config, model)
+            contest = Contest(found, evaluated["dataset"], champion, facts)
+            evidence = gather(config, workspace, contest, served, evaluated["scorecard"])
+        except NonFiniteError as error:
+            evidence = replace(evidence, served=replace(served, problem=str(error)))
+    decision = decide(evidence, config.gate)
+    return Judged(version, found, decision, evaluated, old.number if old else NO_CHAMPION)
 
 
-def _reject(
-    workspace: Workspace, registry: Registry, config: Config, model: ResolvedModel, reason: str
+def _champion(
+    config: Config, old: Version | None, found: ResolvedModel
+) -> tuple[Champion | None, ResolvedModel | None]:
+    if old is None:
+        return None, None
+    try:
+        champion = resolve_model(config, old.uri)
+    except RegistryError as error:
+        return Champion(old.number, old.tags.get(TAG_DATASET), problem=str(error)), None
+    same = champion.fingerprint == found.fingerprint
+    return Champion(old.number, champion.dataset, same_weights=same), champion
+
+
+def _line(config: Config, judged: Judged, forced: bool) -> dict[str, Any]:
+    """What the journal keeps of a decision: verdict, reasons, every check's numbers, lineage, scorecard."""
+    reasons = [FORCED] if forced else []
+    numbers = {
+        "decision": "promote" if forced else judged.decision.verdict,
+        "forced": forced,
+        "reasons": [*reasons, *judged.decision.reasons],
+        "checks": [asdict(check) for check in judged.decision.checks],
+        "version": judged.version.number,
+        "model": judged.model.name,
+        "run_id": judged.model.run_id,
+        "dataset": judged.evaluated["dataset"],
+        "scorecard": {metric: card["value"] for metric, card in judged.evaluated["scorecard"].items()},
+        "report": judged.evaluated["report"],
+    }
+    return {**numbers, "gate": config.gate.model_dump(include={"significance", "min_improvement", "max_forgetting"})}
+
+
+def _promoted(
+    config: Config, workspace: Workspace, registry: Registry, judged: Judged, move: Move, line: dict[str, Any]
 ) -> dict[str, Any]:
-    champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
-    result = _result("reject", [reason], None, champion, previous)
-    append_journal(workspace, EVENT, name=config.name, model=model.name, **result)
-    say(f"rejected: {reason}; the champion stays {result['champion'] or 'unset'}")
+    write_evidence(registry, judged.version, line)
+    write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
+    result = _result(line, judged.version, move.champion, move.previous)
+    _tell(config, result)
+    _retire(config, workspace, registry)
     return result
 
 
-def _result(
-    decision: str,
-    reasons: list[str],
-    version: Version | None,
-    champion: Version | None,
-    previous: Version | None,
+def _refused(
+    config: Config, workspace: Workspace, registry: Registry, judged: Judged, line: dict[str, Any]
 ) -> dict[str, Any]:
-    numbers = {"version": version, "champion": champion, "previous": previous}
+    write_evidence(registry, judged.version, line)
+    champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
+    result = _result(line, judged.version, champion, previous)
+    append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})
+    _tell(config, result)
+    return result
+
+
+def _unchanged(config: Config, registry: Registry, champion: Version, evaluated: dict[str, Any]) -> dict[str, Any]:
+    reasons = [f"version {champion.number} is the champion already: nothing changed"]
+    line = {"decision": "promote", "reasons": reasons, "report": evaluated["report"]}
+    if not has_card(registry, champion):  # a crash came between the move and the card
+        write_card(config, registry, champion, evaluated, ["see the journal: the card was written later"])
+    result = _result(line, champion, champion, registry.by_alias(config.name, PREVIOUS))
+    _tell(config, result)
+    return result
+
+
+def _retire(config: Config, workspace: Workspace, registry: Registry) -> None:
+    """Mark what retention keeps no longer; weights are deleted only where gate.delete_retired asks for it."""
+    from flows.serve import endpoint_of
+
+    running = endpoint_of(workspace)
+    served = [running["model_version"]] if running and running["model_version"] else []
+    retired = retire(registry, config.name, config.gate.keep_versions, served)
+    new = [version for version in retired if not version.tags.get(TAG_RETIRED)]
+    deleted = delete_weights(workspace, registry, config.name, retired) if config.gate.delete_retired else {}
+    if new or deleted:
+        numbers = [version.number for version in new]
+        append_journal(workspace, RETIRE, name=config.name, versions=numbers, deleted=deleted)
+        say(f"retired versions {numbers or 'none'}: beyond gate.keep_versions={config.gate.keep_versions}")
+        for path, freed_bytes in deleted.items():
+            say(f"  deleted {path} ({freed_bytes / 2**20:.1f} MiB)")
+        if not deleted:
+            say("  their files stay; --set gate.delete_retired=true deletes their weights")
+
+
+def _result(
+    line: dict[str, Any], version: Version, champion: Version | None, previous: Version | None
+) -> dict[str, Any]:
+    versions = {"version": version, "champion": champion, "previous": previous}
     return {
-        "decision": decision,
-        "reasons": reasons,
-        **{key: entry.number if entry else None for key, entry in numbers.items()},
-        "report": None,
+        "decision": line["decision"],
+        "reasons": line["reasons"],
+        "checks": line.get("checks", []),
+        "forced": line.get("forced", False),
+        **{key: entry.number if entry else None for key, entry in versions.items()},
+        "report": line["report"],
     }
 
 
-def _numbers(result: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
-    values = {metric: entry["value"] for metric, entry in evaluated["scorecard"].items()}
-    return {**result, "dataset": evaluated["dataset"], "scorecard": values}
+def _numbers_of(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in ("version", "champion", "previous")}
 
 
-def _journaled(workspace: Workspace, number: int) -> bool:
-    """Say whether the last promotion in the journal is this one: a crash may have come between alias and journal."""
-    moves = [line for line in read_journal(workspace) if line["event"] == EVENT and line.get("decision") == "promote"]
-    return bool(moves) and moves[-1].get("champion") == number
-
-
-def _tell(config: Config, result: dict[str, Any], move: Move) -> None:
-    say(f"champion of {config.name}: version {result['champion']}; previous: {result['previous'] or 'none'}")
-    for reason in result["reasons"]:
-        say(f"  - {reason}")
-    say(f"next: {program()} serve --detach --workspace {config.workspace}")
+def _tell(config: Config, result: dict[str, Any]) -> None:
+    marks = {"pass": "pass", "fail": "FAIL", "inconclusive": "open", "skipped": "  - "}
+    for check in result["checks"]:
+        say(f"  {marks[check['outcome']]}  {check['sentence']}")
+    told = {"promote": "promoted", "hold": "held: the evidence decides nothing yet", "reject": "rejected"}
+    say(f"version {result['version']} {told[result['decision']]}" + (f" ({FORCED})" if result["forced"] else ""))
+    say(f"champion of {config.name}: version {result['champion'] or 'unset'}; previous: {result['previous'] or 'none'}")
+    if result["decision"] == "promote":
+        say(f"next: {program()} serve --detach --workspace {config.workspace}")

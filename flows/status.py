@@ -1,31 +1,41 @@
-"""fresco status: what serves, why, since when, what served before, and whether the endpoint answers."""
+"""fresco status: what serves, why, since when, what served before, and whether the endpoint answers.
+
+It changes nothing but the journal, and that only where a crash left a line out.
+"""
 
 import time
 from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
+from cluster.champion import reigns, settle
 from cluster.lease import Lease, read_lease
-from cluster.registry import CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
+from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
 from cluster.serving import readiness
 from flows.config import Config
 from flows.console import program, say
 from flows.serve import endpoint_of
 
 NUM_DECISIONS = 10
+UNTOLD = ("time", "event", "reasons", "scorecard", "checks", "gate", "move")
+"""Too long for a line."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Look at the registry, the lock, the endpoint and the journal; changes nothing."""
+    """Look at the registry, the lock, the endpoint and the journal."""
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
+    for repair in settle(registry, config.name):
+        say(repair)
+    journal = read_journal(workspace)
     endpoint = endpoint_of(workspace)
-    found = {
-        "champion": _version(registry.by_alias(config.name, CHAMPION)),
-        "previous": _version(registry.by_alias(config.name, PREVIOUS)),
+    found: dict[str, Any] = {
+        **{alias: _version(registry.by_alias(config.name, alias)) for alias in (CHAMPION, PREVIOUS, CHALLENGER)},
         "lease": _lease(read_lease(registry.lock_path(config.name))),
         "endpoint": None if endpoint is None else {**endpoint, **_state(endpoint["url"])},
-        "decisions": read_journal(workspace)[-NUM_DECISIONS:],
+        "decisions": journal[-NUM_DECISIONS:],
     }
+    if found["champion"] is not None:
+        found["champion"]["evidence"] = _evidence(journal, config.name, found["champion"]["version"])
     _tell(config, found)
     return found
 
@@ -35,6 +45,14 @@ def _version(version: Version | None) -> dict[str, Any] | None:
         return None
     known = {"dataset": TAG_DATASET, "run_id": TAG_RUN, "since": TAG_SINCE}
     return {"version": version.number, **{key: version.tags.get(tag) for key, tag in known.items()}}
+
+
+def _evidence(journal: list[dict[str, Any]], name: str, number: int) -> dict[str, Any] | None:
+    """Why a version became the champion: the newest line with reasons of the gate, else the newest of any kind."""
+    lines = [line for line in reigns(journal, name) if line["champion"] == number]
+    gated = [line for line in lines if "checks" in line] or lines
+    keys = ("event", "since", "forced", "reasons", "checks", "scorecard", "report")
+    return {key: gated[-1][key] for key in keys if key in gated[-1]} if gated else None
 
 
 def _lease(lease: Lease | None) -> dict[str, Any] | None:
@@ -57,6 +75,10 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
             f"champion   version {champion['version']} since {champion['since']}"
             f" (run {champion['run_id']}, dataset {champion['dataset']})"
         )
+        for reason in (champion["evidence"] or {}).get("reasons", []):
+            say(f"           {reason}")
+    if found["challenger"] is not None:
+        say(f"challenger version {found['challenger']['version']} is being tried (run {found['challenger']['run_id']})")
     if previous is not None:
         say(f"previous   version {previous['version']} (run {previous['run_id']}, dataset {previous['dataset']})")
     if found["lease"] is not None:
@@ -68,5 +90,5 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
         if champion is not None and endpoint["model_version"] != champion["version"]:
             say(f"           it does not serve the champion; next: {program()} serve --detach")
     for line in found["decisions"]:
-        numbers = {key: value for key, value in line.items() if key not in ("time", "event", "reasons", "scorecard")}
+        numbers = {key: value for key, value in line.items() if key not in UNTOLD}
         say(f"  {line['time']} {line['event']} {' '.join(f'{key}={value}' for key, value in numbers.items())}")

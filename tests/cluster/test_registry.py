@@ -1,6 +1,5 @@
-"""The registry on a real SQLite store: versions, lineage, aliases, and what happens when two people promote."""
+"""The registry on a real SQLite store: versions, their lineage, and where their weights are."""
 
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from cluster.artifacts import Workspace, open_workspace
 from cluster.errors import RegistryError
-from cluster.registry import CHAMPION, PREVIOUS, TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, TAG_SINCE, Registry
+from cluster.registry import CHAMPION, TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,6 @@ def make_run(workspace: Workspace, run_id: str) -> Path:
 
 def tags(run_id: str) -> dict[str, str]:
     return {TAG_RUN: run_id, TAG_MODEL_FINGERPRINT: f"weights of {run_id}", TAG_DATASET: "emblems@0123456789ab"}
-
-
-def _promote(root: str, number: int) -> None:
-    Registry(open_workspace(root)).move_champion("fresco", number, f"promoter {number}")
 
 
 def test_registry_nobody_wrote_to_is_empty_and_stays_unmade(tmp_path: Path) -> None:
@@ -67,58 +62,6 @@ def test_register_of_the_same_run_returns_the_version_there_is(workspace: Worksp
     assert len(registry.versions("fresco")) == 1
 
 
-def test_move_champion_keeps_the_old_one_as_previous(workspace: Workspace) -> None:
-    registry = Registry(workspace)
-    for run_id in ("a", "b"):
-        registry.register("fresco", make_run(workspace, run_id), tags(run_id))
-    first = registry.move_champion("fresco", 1, "test")
-    assert first.changed and first.champion.number == 1 and first.previous is None
-    second = registry.move_champion("fresco", 2, "test")
-    assert second.champion.number == 2 and second.previous is not None and second.previous.number == 1
-    assert second.champion.tags[TAG_SINCE].endswith("Z")
-    seen = Registry(workspace)
-    champion, previous = seen.by_alias("fresco", CHAMPION), seen.by_alias("fresco", PREVIOUS)
-    assert champion is not None and champion.number == 2
-    assert previous is not None and previous.number == 1
-
-
-def test_move_champion_to_itself_changes_nothing(workspace: Workspace) -> None:
-    registry = Registry(workspace)
-    for run_id in ("a", "b"):
-        number = registry.register("fresco", make_run(workspace, run_id), tags(run_id)).number
-        before = registry.move_champion("fresco", number, "test")
-    again = registry.move_champion("fresco", 2, "test")
-    assert not again.changed
-    assert (again.champion, again.previous) == (before.champion, before.previous)
-
-
-def test_move_champion_to_a_missing_version_lists_those_there_are(workspace: Workspace) -> None:
-    registry = Registry(workspace)
-    registry.register("fresco", make_run(workspace, "a"), tags("a"))
-    registry.move_champion("fresco", 1, "test")
-    with pytest.raises(RegistryError, match=r"models:/fresco/7 expected .*found versions: 1;"):
-        registry.move_champion("fresco", 7, "test")
-    champion = registry.by_alias("fresco", CHAMPION)
-    assert champion is not None and champion.number == 1
-
-
-def test_two_promoters_at_once_end_in_one_order_or_the_other(workspace: Workspace) -> None:
-    registry = Registry(workspace)
-    for run_id in ("a", "b", "c"):
-        registry.register("fresco", make_run(workspace, run_id), tags(run_id))
-    registry.move_champion("fresco", 1, "test")
-    context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_promote, args=(str(workspace.root), number)) for number in (2, 3)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
-    champion, previous = registry.by_alias("fresco", CHAMPION), registry.by_alias("fresco", PREVIOUS)
-    assert champion is not None and previous is not None
-    assert (champion.number, previous.number) in {(2, 3), (3, 2)}
-
-
 def test_directory_is_found_after_the_workspace_moved_and_missed_when_it_is_gone(
     workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -146,3 +89,31 @@ def test_registry_leaves_no_global_state_and_switches_telemetry_off(workspace: W
     Registry(workspace).register("fresco", make_run(workspace, "a"), tags("a"))
     assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_set_alias_points_moves_and_removes(workspace: Workspace) -> None:
+    registry = Registry(workspace)
+    for run_id in ("a", "b"):
+        registry.register("fresco", make_run(workspace, run_id), tags(run_id))
+    for number in (1, 2, None, None):
+        registry.set_alias("fresco", CHAMPION, number)
+        found = registry.by_alias("fresco", CHAMPION)
+        assert (found.number if found else None) == number
+
+
+def test_tags_are_added_to_a_version_and_a_long_text_is_cut_to_what_mlflow_keeps(workspace: Workspace) -> None:
+    registry = Registry(workspace)
+    version = registry.register("fresco", make_run(workspace, "a"), tags("a"))
+    registry.tag(version, {"fresco.decision": "hold", "fresco.scorecard": "x" * 9000})
+    read = registry.by_number("fresco", 1).tags
+    assert read["fresco.decision"] == "hold" and set(read["fresco.scorecard"]) == {"x"} and read[TAG_RUN] == "a"
+
+
+def test_nothing_of_a_model_is_copied_into_the_registry_and_nothing_is_pickled(workspace: Workspace) -> None:
+    pipeline = make_run(workspace, "with spaces ü")
+    (pipeline / "weights.safetensors").write_bytes(b"0" * 100_000)
+    version = Registry(workspace).register("fresco", pipeline, tags("a"))
+    assert version.source == str(pipeline) and Registry(workspace).directory_of(version) == pipeline
+    copies = [path for path in workspace.root.rglob("*") if path.is_file() and "weights" in path.name]
+    assert copies == [pipeline / "weights.safetensors"]
+    assert not [path for path in workspace.root.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]

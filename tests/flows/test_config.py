@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from cluster.placement import PlacementSection, ServeSection
 from components.errors import InputError
-from components.recipe import DataSection, EvaluateSection, LearningRate, TrainSection
+from components.recipe import DataSection, EvaluateSection, GateSection, LearningRate, TrainSection
 from flows.config import Config, known_keys, load_config, recipe_fingerprint
 from flows.presets import PRESETS, tiny_cpu
 
@@ -22,6 +22,9 @@ OTHER: dict[str, Any] = {
     "train.learning_rate.text_encoder": 0.5,
     "placement.zero_stage": 3,
     "evaluate.classes": ["a red circle", "a blue square"],
+    "gate.significance": 0.1,
+    "gate.power": 0.9,
+    "gate.anchor_prompts": ["a red circle"],
 }
 
 
@@ -69,10 +72,15 @@ def test_fingerprint_follows_every_train_field(key: str, kind: Any, default: Any
 
 @pytest.mark.parametrize(
     ("key", "kind", "default"),
-    [*leaves(PlacementSection, "placement"), *leaves(ServeSection, "serve"), *leaves(EvaluateSection, "evaluate")],
+    [
+        *leaves(PlacementSection, "placement"),
+        *leaves(ServeSection, "serve"),
+        *leaves(EvaluateSection, "evaluate"),
+        *leaves(GateSection, "gate"),
+    ],
     ids=lambda value: str(value),
 )
-def test_fingerprint_ignores_every_placement_serve_and_evaluate_field(key: str, kind: Any, default: Any) -> None:
+def test_fingerprint_ignores_every_placement_serve_evaluate_and_gate_field(key: str, kind: Any, default: Any) -> None:
     config = changed(key, another(key, kind, default))
     assert config != load_config(), "the value must have changed"
     assert fingerprint(config) == fingerprint(load_config())

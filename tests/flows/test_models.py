@@ -11,6 +11,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cluster.artifacts import open_workspace
+from cluster.champion import move_champion
 from cluster.errors import RegistryError
 from cluster.registry import CHAMPION, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 from components.errors import InputError
@@ -24,7 +25,7 @@ def register(config: Config, run_id: str) -> None:
     found = resolve_model(config, run_id)
     tags = {**found.lineage, TAG_MODEL_FINGERPRINT: found.fingerprint}
     number = registry.register("fresco", found.directory, tags).number
-    registry.move_champion("fresco", number, "test")
+    move_champion(registry, "fresco", number)
 
 
 def test_run_id_its_folder_and_its_pipeline_name_the_same_run(config: Config, make_run) -> None:

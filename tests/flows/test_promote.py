@@ -1,131 +1,311 @@
-"""promote: what it registers, what it refuses, and that doing it twice changes nothing."""
+"""promote with real tiny models whose order is known: what the gate lets through, refuses, keeps and writes.
 
+The rehearsal on the serving path has its own tests; here it is stood for, so that no endpoint starts thirty times.
+"""
+
+import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
-from cluster.artifacts import open_workspace, read_journal
+from cluster.artifacts import open_workspace, read_journal, write_record
+from cluster.champion import move_champion
 from cluster.registry import (
+    CHALLENGER,
     CHAMPION,
-    PREVIOUS,
     TAG_BASE,
     TAG_DATASET,
+    TAG_DECISION,
     TAG_FINGERPRINT,
     TAG_MODEL_FINGERPRINT,
     TAG_PARENT,
+    TAG_RETIRED,
     TAG_RUN,
+    TAG_SCORECARD,
     Registry,
 )
+from components.contrastive import make_tiny_clip, save_clip
+from components.emblems import example
 from components.errors import InputError
-from components.models import load_parts, model_fingerprint, save_parts
-from flows import evaluate, promote
+from components.evidence import Served
+from components.models import load_parts, make_tiny, model_fingerprint, save_parts
+from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection
+from components.tokenizer import make_clip_tokenizer
+from flows import history, prepare, promote, rollback, status
 from flows.config import Config
 from flows.models import resolve_model
 
+WORST, MIDDLE, BEST = 4.0, 2.0, 0.0
+"""What the denoiser's last layer is multiplied by: a random prediction is the worse the larger it is."""
+
+
+@pytest.fixture(scope="module")
+def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("clip")
+    tokenizer = make_clip_tokenizer([example("base", 0, index)[1] for index in range(50)], 700, 32)
+    save_clip(make_tiny_clip(tokenizer, seed=0), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def config(
+    config: Config, tiny_pipelines: dict[int, Path], clip_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Config:
+    """80 drawn pictures, examined in this process; a random CLIP, whose scores must not decide."""
+
+    def map_here(
+        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any
+    ) -> Iterator[Any]:
+        return map(make(job), blocks)
+
+    monkeypatch.setattr(prepare, "map_blocks", map_here)
+    monkeypatch.setattr(prepare, "local_session", lambda placement: nullcontext())
+    sections = {
+        "data": DataSection(source="emblems://base?count=80&seed=3", resolution_px=16, test_fraction=0.25),
+        "model": ModelSection(base=str(tiny_pipelines[0]), clip=str(clip_directory)),
+        "evaluate": EvaluateSection(prompts=4, sampling_steps=2, bootstrap=100),
+        "gate": GateSection(min_test_pictures=5, max_clip_drop=100),
+    }
+    return config.model_copy(update=sections)
+
 
 @pytest.fixture(autouse=True)
-def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stand where the scorecard is made (it has its own tests) and note which models were asked about."""
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand where the candidate is started on the serving path, and note which ones were."""
     asked: list[str] = []
 
-    def answer(config: Config, model: str) -> dict[str, Any]:
-        asked.append(model)
-        scorecard = {"loss": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}}
-        return {"model": model, "dataset": "emblems@0123456789ab", "scorecard": scorecard, "report": f"{model}.html"}
+    def answer(config: Config, model: Any) -> Served:
+        asked.append(model.name)
+        return Served(ready_s=1.0, answer_s=0.1, pictures=3, memory_bytes=2**20)
 
-    monkeypatch.setattr(evaluate, "run", answer)
+    monkeypatch.setattr(promote, "rehearse", answer)
     return asked
 
 
-def test_first_promotion_registers_with_lineage_and_says_there_is_no_gate(
-    config: Config, make_run, evaluated: list[str]
-) -> None:
-    run = make_run("fresco-aaa", 0)
-    result = promote.run(config, "fresco-aaa")
-    assert result["decision"] == "promote" and result["report"] == "fresco-aaa.html"
-    assert (result["version"], result["champion"], result["previous"]) == (1, 1, None)
-    assert any("statistical gate is not part of this version" in reason for reason in result["reasons"])
-    assert "there was no champion before" in result["reasons"]
-    assert evaluated == ["fresco-aaa"]
-    champion = Registry(open_workspace(config.workspace)).by_alias("fresco", CHAMPION)
-    assert champion is not None
-    assert champion.tags[TAG_RUN] == "fresco-aaa" and champion.tags[TAG_DATASET] == "emblems@0123456789ab"
-    assert champion.tags[TAG_FINGERPRINT] == "recipe000000"
-    assert champion.tags[TAG_MODEL_FINGERPRINT] == model_fingerprint(run / "pipeline")
-    assert resolve_model(config, "models:/fresco@champion").directory == run / "pipeline"
+@pytest.fixture
+def make_model(config: Config) -> Callable[..., Path]:
+    """Lay down a finished run whose model is worse the larger `scale` is."""
+
+    def make(run_id: str, scale: float, dataset: str | None = None) -> Path:
+        parts = make_tiny("stable_diffusion", seed=0)
+        with torch.no_grad():
+            parts.denoiser.conv_out.weight.mul_(scale)
+            parts.denoiser.conv_out.bias.mul_(scale)
+        directory = open_workspace(config.workspace).run_dir(run_id)
+        save_parts(parts, directory / "pipeline")
+        inputs = {"dataset": dataset or prepare.ensure_dataset(config).id, "base": "ba5e00000000"}
+        record = {
+            "fingerprint": "recipe000000",
+            "inputs": inputs,
+            "config": config.model_dump(mode="json"),
+            "provenance": {"commit": "abc1234"},
+            "pipeline": "pipeline",
+        }
+        write_record(directory, record)
+        return directory
+
+    return make
 
 
-def test_second_promotion_keeps_the_first_as_previous_and_names_its_parent(config: Config, make_run) -> None:
-    first = make_run("fresco-aaa", 0)
-    make_run("fresco-bbb", 1)
-    promote.run(config, "fresco-aaa")
-    result = promote.run(config, "fresco-bbb")
-    assert (result["version"], result["champion"], result["previous"]) == (2, 2, 1)
-    champion = Registry(open_workspace(config.workspace)).by_alias("fresco", CHAMPION)
-    assert champion is not None
-    assert champion.tags[TAG_BASE] == model_fingerprint(first / "pipeline")
-    assert champion.tags[TAG_PARENT] == "models:/fresco/1"
+def registry_of(config: Config) -> Registry:
+    return Registry(open_workspace(config.workspace))
 
 
-def test_promoting_the_champion_again_changes_nothing_and_says_so(config: Config, make_run) -> None:
-    make_run("fresco-aaa", 0)
-    make_run("fresco-bbb", 1)
-    for run_id in ("fresco-aaa", "fresco-bbb"):
-        promote.run(config, run_id)
-    workspace = open_workspace(config.workspace)
-    journal = read_journal(workspace)
-    again = promote.run(config, "fresco-bbb")
-    assert again["reasons"] == ["version 2 is the champion already: nothing changed"]
-    assert (again["decision"], again["champion"], again["previous"]) == ("promote", 2, 1)
-    assert promote.run(config, "models:/fresco@champion")["champion"] == 2
-    assert read_journal(workspace) == journal
-    assert len(Registry(workspace).versions("fresco")) == 2
+def outcomes(result: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["outcome"] for check in result["checks"]}
 
 
-def test_journal_has_every_move_with_its_numbers_even_after_a_crash_before_the_line(config: Config, make_run) -> None:
-    make_run("fresco-aaa", 0)
-    promote.run(config, "fresco-aaa")
-    workspace = open_workspace(config.workspace)
-    line = read_journal(workspace)[-1]
-    assert (line["event"], line["decision"], line["champion"], line["previous"]) == ("promote", "promote", 1, None)
-    assert line["scorecard"] == {"loss": 0.5} and line["dataset"] == "emblems@0123456789ab" and line["reasons"]
-    workspace.journal.unlink()
-    promote.run(config, "fresco-aaa")
-    assert [entry["champion"] for entry in read_journal(workspace)] == [1]
+def test_first_model_passes_as_its_own_case_and_is_registered_with_its_lineage(config, make_model, rehearsed) -> None:
+    run = make_model("fresco-a", MIDDLE)
+    result = promote.run(config, "fresco-a")
+    assert (result["decision"], result["version"], result["champion"], result["previous"]) == ("promote", 1, 1, None)
+    assert any("there was no champion before" in reason for reason in result["reasons"])
+    assert outcomes(result) == {"data": "pass", "serving": "pass", "champion": "skipped"}
+    assert rehearsed == ["fresco-a"] and Path(result["report"]).is_file()
+    tags = registry_of(config).by_number("fresco", 1).tags
+    assert tags[TAG_RUN] == "fresco-a" and tags[TAG_DATASET] == prepare.ensure_dataset(config).id
+    assert tags[TAG_FINGERPRINT] == "recipe000000" and tags[TAG_BASE] == "ba5e00000000"
+    assert tags[TAG_MODEL_FINGERPRINT] == model_fingerprint(run / "pipeline")
+    assert tags[TAG_DECISION] == "promote" and json.loads(tags[TAG_SCORECARD])["denoising_loss"] > 0
+    assert registry_of(config).by_alias("fresco", CHALLENGER) is None
 
 
-def test_model_that_draws_nothing_finite_is_rejected_and_the_champion_stays(config: Config, make_run) -> None:
-    make_run("fresco-aaa", 0)
-    promote.run(config, "fresco-aaa")
-    broken = make_run("fresco-bbb", 1) / "pipeline"
-    parts = load_parts(broken)
-    with torch.no_grad():
-        parts.denoiser.conv_out.bias.fill_(float("nan"))
-    shutil.rmtree(broken)
-    save_parts(parts, broken)
-    result = promote.run(config, "fresco-bbb")
-    assert (result["decision"], result["version"], result["champion"]) == ("reject", None, 1)
-    assert "the model does not draw: expected finite pixels" in result["reasons"][0]
-    workspace = open_workspace(config.workspace)
-    assert len(Registry(workspace).versions("fresco")) == 1
-    assert read_journal(workspace)[-1]["decision"] == "reject"
+def test_better_model_replaces_the_champion_with_its_numbers_in_the_journal(config, make_model) -> None:
+    first = make_model("fresco-a", WORST)
+    promote.run(config, "fresco-a")
+    run = make_model("fresco-b", BEST)
+    record = json.loads((run / "record.json").read_text())
+    record["inputs"]["base"] = model_fingerprint(first / "pipeline")
+    write_record(run, record)
+    result = promote.run(config, "fresco-b")
+    assert (result["decision"], result["champion"], result["previous"]) == ("promote", 2, 1), result["reasons"]
+    found = outcomes(result)
+    assert found["improvement"] == "pass" and found["forgetting"] == "skipped", "one data version"
+    line = read_journal(open_workspace(config.workspace))[-1]
+    assert (line["event"], line["decision"], line["champion"], line["forced"]) == ("promote", "promote", 2, False)
+    numbers = next(check["numbers"] for check in line["checks"] if check["name"] == "improvement")
+    assert numbers["high"] < -0.01 and numbers["n"] == len(prepare.ensure_dataset(config).split("test"))
+    assert line["scorecard"]["denoising_loss"] > 0 and line["dataset"] and line["run_id"] == "fresco-b"
+    assert registry_of(config).by_number("fresco", 2).tags[TAG_PARENT] == "models:/fresco/1"
 
 
-def test_going_back_to_an_older_version_makes_the_newer_one_previous(config: Config, make_run) -> None:
-    make_run("fresco-aaa", 0)
-    make_run("fresco-bbb", 1)
-    for run_id in ("fresco-aaa", "fresco-bbb", "fresco-aaa"):
+def test_worse_model_is_rejected_and_remembered(config, make_model) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST)):
+        make_model(run_id, scale)
         result = promote.run(config, run_id)
-    assert (result["version"], result["champion"], result["previous"]) == (1, 1, 2)
-    previous = Registry(open_workspace(config.workspace)).by_alias("fresco", PREVIOUS)
-    assert previous is not None and previous.number == 2
+    assert (result["decision"], result["version"], result["champion"]) == ("reject", 2, 1)
+    assert "shown not to be" in result["reasons"][0]
+    assert registry_of(config).by_number("fresco", 2).tags[TAG_DECISION] == "reject"
+    assert registry_of(config).by_alias("fresco", CHALLENGER) is None
+    assert read_journal(open_workspace(config.workspace))[-1]["decision"] == "reject"
+    told = history.run(config)
+    assert [entry["champion"] for entry in told["entries"]] == [1]
+    assert [(line["version"], line["decision"]) for line in told["refused"]] == [(2, "reject")]
+
+
+def test_force_promotes_a_worse_model_and_says_so_for_ever(config, make_model) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST)):
+        make_model(run_id, scale)
+        result = promote.run(config, run_id, force=run_id == "fresco-b")
+    assert (result["decision"], result["forced"], result["champion"]) == ("promote", True, 2)
+    assert result["reasons"][0].startswith("forced")
+    assert read_journal(open_workspace(config.workspace))[-1]["forced"] is True
+    assert registry_of(config).by_number("fresco", 2).tags[TAG_DECISION] == "forced"
+    assert status.run(config)["champion"]["evidence"]["forced"] is True
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_model_that_does_not_serve_is_rejected_even_by_force(config, make_model, monkeypatch, force) -> None:
+    monkeypatch.setattr(promote, "rehearse", lambda *_: Served(problem="endpoint expected to load its model"))
+    make_model("fresco-a", MIDDLE)
+    result = promote.run(config, "fresco-a", force)
+    assert (result["decision"], result["champion"], result["report"]) == ("reject", None, None)
+    assert "it does not serve: endpoint expected" in result["reasons"][0]
+
+
+def test_the_champions_weights_under_another_run_gain_nothing(config, make_model) -> None:
+    for run_id in ("fresco-a", "fresco-b"):
+        make_model(run_id, MIDDLE)
+        result = promote.run(config, run_id)
+    assert result["decision"] == "reject" and "nothing to gain" in result["reasons"][0]
+
+
+def test_champion_whose_files_are_gone_holds_the_candidate(config, make_model) -> None:
+    shutil.rmtree(make_model("fresco-a", WORST) / "checkpoints", ignore_errors=True)
+    promote.run(config, "fresco-a")
+    shutil.rmtree(open_workspace(config.workspace).run_dir("fresco-a"))
+    make_model("fresco-b", BEST)
+    result = promote.run(config, "fresco-b")
+    assert (result["decision"], result["champion"]) == ("hold", 1)
+    assert "champion 1 cannot be loaded" in result["reasons"][0]
+
+
+def test_candidate_on_other_data_is_measured_on_the_champions_data_too(config, make_model) -> None:
+    make_model("fresco-a", MIDDLE)
+    promote.run(config, "fresco-a")
+    other = config.model_copy(
+        update={"data": config.data.model_copy(update={"source": "emblems://drifted?count=80&seed=4"})}
+    )
+    make_model("fresco-b", BEST, prepare.ensure_dataset(other).id)
+    result = promote.run(other, "fresco-b")
+    assert result["decision"] == "promote", result["reasons"]
+    forgetting = next(check for check in result["checks"] if check["name"] == "forgetting")
+    assert forgetting["outcome"] == "pass" and forgetting["numbers"]["change"] < 0
+    assert prepare.ensure_dataset(config).id in forgetting["sentence"]
+    assert outcomes(result)["anchors"] == "pass"
+
+
+def test_promotion_that_was_overtaken_is_compared_with_the_new_champion(config, make_model, monkeypatch) -> None:
+    for run_id, scale in (("fresco-a", WORST), ("fresco-b", MIDDLE), ("fresco-c", BEST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    promote.run(config, "fresco-b")
+    move_champion(registry_of(config), "fresco", 1)
+    real, overtaken = promote.move_champion, []
+
+    def overtake(registry: Registry, *arguments: Any, **names: Any) -> Any:
+        if not overtaken:
+            overtaken.append(True)
+            move_champion(registry, "fresco", 2)
+        return real(registry, *arguments, **names)
+
+    monkeypatch.setattr(promote, "move_champion", overtake)
+    result = promote.run(config, "fresco-c")
+    assert (result["decision"], result["champion"], result["previous"]) == ("promote", 3, 2)
+    assert any("compared with champion 2" in reason for reason in result["reasons"])
+
+
+def test_promoting_the_champion_again_changes_nothing_but_a_missing_card(config, make_model) -> None:
+    card = make_model("fresco-a", MIDDLE) / "pipeline" / "README.md"
+    promote.run(config, "fresco-a")
+    journal = read_journal(open_workspace(config.workspace))
+    card.unlink()
+    for model in ("fresco-a", "models:/fresco@champion"):
+        again = promote.run(config, model)
+        assert again["reasons"] == ["version 1 is the champion already: nothing changed"]
+        assert (again["decision"], again["champion"], again["previous"]) == ("promote", 1, None)
+    assert read_journal(open_workspace(config.workspace)) == journal and card.is_file()
+    assert len(registry_of(config).versions("fresco")) == 1
+
+
+def test_model_card_stands_beside_the_weights_which_open_in_diffusers_and_keep_their_fingerprint(
+    config, make_model
+) -> None:
+    pipeline = make_model("fresco-a", MIDDLE) / "pipeline"
+    before = model_fingerprint(pipeline)
+    promote.run(config, "fresco-a")
+    card = (pipeline / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers") and "abc1234" in card and "recipe000000" in card
+    assert "(samples.png)" in card and (pipeline / "samples.png").is_file()
+    assert model_fingerprint(pipeline) == before
+    assert resolve_model(config, "models:/fresco@champion").fingerprint == before
+    DiffusionPipeline.from_pretrained(pipeline)
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_retention_marks_and_deletes_only_when_asked(config, make_model, delete, capsys) -> None:
+    gate = config.gate.model_copy(update={"keep_versions": 0, "delete_retired": delete})
+    config = config.model_copy(update={"gate": gate})
+    for run_id, scale in (("fresco-a", WORST), ("fresco-b", MIDDLE), ("fresco-c", BEST)):
+        make_model(run_id, scale)
+        assert promote.run(config, run_id)["decision"] == "promote"
+    workspace = open_workspace(config.workspace)
+    marked = [bool(version.tags.get(TAG_RETIRED)) for version in registry_of(config).versions("fresco")]
+    assert marked == [True, False, False]
+    assert (workspace.run_dir("fresco-a") / "pipeline").is_dir() is not delete
+    assert (workspace.run_dir("fresco-a") / "record.json").is_file()
+    assert load_parts(workspace.run_dir("fresco-b") / "pipeline")
+    line = read_journal(workspace)[-1]
+    assert (line["event"], line["versions"], bool(line["deleted"])) == ("retire", [1], delete)
+    assert "retired versions [1]" in capsys.readouterr().err
+
+
+def test_rollback_and_history_tell_who_served_when_and_why(config, make_model) -> None:
+    for run_id, scale in (("fresco-a", WORST), ("fresco-b", BEST)):
+        make_model(run_id, scale)
+        promote.run(config, run_id)
+    assert rollback.run(config, "users complain") == {"champion": 1, "previous": 2}
+    entries = history.run(config)["entries"]
+    assert [(entry["event"], entry["champion"]) for entry in entries] == [
+        ("promote", 1),
+        ("promote", 2),
+        ("rollback", 1),
+    ]
+    assert entries[2]["reasons"] == ["users complain"] and entries[2]["run_id"] == "fresco-a"
+    assert entries[1]["until"] == entries[2]["since"] and entries[2]["until"] is None
+    assert entries[1]["checks"] and entries[1]["scorecard"]["denoising_loss"] > 0
+    champion = status.run(config)["champion"]
+    assert champion["version"] == 1 and champion["evidence"]["checks"]
 
 
 def test_model_from_outside_the_workspace_survives_the_loss_of_its_folder(
-    config: Config, tiny_pipelines: dict[int, Path], tmp_path: Path
+    config, tiny_pipelines: dict[int, Path], tmp_path: Path
 ) -> None:
     outside = tmp_path / "outside"
     shutil.copytree(tiny_pipelines[0], outside)
@@ -136,7 +316,7 @@ def test_model_from_outside_the_workspace_survives_the_loss_of_its_folder(
     assert champion.directory.is_relative_to(open_workspace(config.workspace).root)
 
 
-def test_folder_that_is_no_pipeline_changes_nothing(config: Config, tmp_path: Path, evaluated: list[str]) -> None:
+def test_folder_that_is_no_pipeline_changes_nothing(config, tmp_path: Path, rehearsed: list[str]) -> None:
     with pytest.raises(InputError, match="found a folder without it"):
         promote.run(config, str(tmp_path))
-    assert evaluated == [] and read_journal(open_workspace(config.workspace)) == []
+    assert rehearsed == [] and registry_of(config).by_alias("fresco", CHAMPION) is None

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from cluster.artifacts import open_workspace
+from cluster.champion import move_champion
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import hold_lease, process_is, read_lease
 from cluster.registry import TAG_MODEL_FINGERPRINT, Registry
@@ -28,7 +29,7 @@ def set_champion(config: Config, run_id: str) -> int:
     found = resolve_model(config, run_id)
     tags = {**found.lineage, TAG_MODEL_FINGERPRINT: found.fingerprint}
     number = registry.register("fresco", found.directory, tags).number
-    registry.move_champion("fresco", number, "test")
+    move_champion(registry, "fresco", number)
     return number
 
 

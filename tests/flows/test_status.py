@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from cluster.artifacts import append_journal, open_workspace, write_json_atomic
+from cluster.champion import move_champion
 from cluster.lease import hold_lease
 from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 from flows import status
@@ -19,12 +20,19 @@ def champion_of(config: Config, *run_ids: str) -> None:
         directory = workspace.run_dir(run_id) / "pipeline"
         directory.mkdir(parents=True)
         tags = {TAG_RUN: run_id, TAG_DATASET: f"data of {run_id}", TAG_MODEL_FINGERPRINT: run_id}
-        registry.move_champion("fresco", registry.register("fresco", directory, tags).number, "test")
+        move_champion(registry, "fresco", registry.register("fresco", directory, tags).number)
 
 
 def test_workspace_without_anything_has_nothing_and_is_left_alone(tmp_path: Path) -> None:
     found = status.run(Config(workspace=str(tmp_path)))
-    assert found == {"champion": None, "previous": None, "lease": None, "endpoint": None, "decisions": []}
+    assert found == {
+        "champion": None,
+        "previous": None,
+        "challenger": None,
+        "lease": None,
+        "endpoint": None,
+        "decisions": [],
+    }
     assert list(tmp_path.iterdir()) == []
 
 
@@ -32,6 +40,8 @@ def test_champion_and_previous_are_told_with_their_making(config: Config, capsys
     champion_of(config, "a", "b")
     found = status.run(config)
     since = found["champion"].pop("since")
+    evidence = found["champion"].pop("evidence")
+    assert (evidence["event"], evidence["since"]) == ("promote", since)
     assert found["champion"] == {"version": 2, "dataset": "data of b", "run_id": "b"}
     assert since.endswith("Z") and len(since) == 20
     assert found["previous"]["version"] == 1 and found["previous"]["run_id"] == "a"

@@ -1,0 +1,213 @@
+"""Who serves, since when, on what evidence: the aliases of a model move here, and only here.
+
+MLflow's aliases are last-writer-wins and keep no history. So each move holds the workspace's lock, writes down what it
+is about to do (the intent, with the whole journal line), moves `previous` before `champion`, reads both again, appends
+the line to the journal, and removes the intent. Whoever comes after a crash finds the intent and finishes or undoes it.
+A move can name the champion it was decided against: if that one was replaced meanwhile, nothing moves.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
+from cluster.errors import ChampionMovedError, RegistryError, StorageError
+from cluster.lease import hold_lease, read_lease
+from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_RETIRED, TAG_SINCE, Registry, Version
+
+Notify = Callable[[str], None]
+PROMOTE, ROLLBACK, FOUND, RETIRE = "promote", "rollback", "champion_found", "retire"
+NO_CHAMPION = 0
+"""As `expected`: the move was decided when there was no champion."""
+SETTLE_WAIT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Move:
+    """The aliases after a move; `changed` is false when the version was the champion already."""
+
+    champion: Version
+    previous: Version | None
+    changed: bool
+
+
+def move_champion(
+    registry: Registry,
+    name: str,
+    number: int,
+    line: Mapping[str, Any] | None = None,
+    expected: int | None = None,
+    notify: Notify | None = None,
+) -> Move:
+    """Make a version the champion and the old champion `previous`; `line` is what the journal shall say beside that.
+
+    ChampionMovedError when the champion is not `expected` any more (0: none); None moves whatever is there.
+    """
+    with _aliases(registry, name, f"promote version {number}", notify) as confirm:
+        wanted, old = registry.by_number(name, number), registry.by_alias(name, CHAMPION)
+        if old is not None and old.number == number:
+            return Move(old, registry.by_alias(name, PREVIOUS), changed=False)
+        found = old.number if old else NO_CHAMPION
+        if expected not in (None, found):
+            raise ChampionMovedError(
+                f"champion of {name} expected to be {expected or 'unset'} as it was when version {number} was measured,"
+                f" found {found}: another promotion came first; promote again to be compared with that one"
+            )
+        return _move(registry, wanted, old, {"event": PROMOTE, "decision": "promote", **(line or {})}, confirm)
+
+
+def roll_back(registry: Registry, name: str, line: Mapping[str, Any], notify: Notify | None = None) -> Move:
+    """Make `previous` the champion again, and the champion `previous`: a second roll-back undoes the first."""
+    with _aliases(registry, name, "rollback", notify) as confirm:
+        old, wanted = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
+        if old is None or wanted is None:
+            have = f"champion {old.number} without a previous one" if old else "no champion"
+            raise RegistryError(
+                f"rollback expected a previous champion of {name} in {registry.uri}, found {have}; promote a version"
+                f" with: fresco promote models:/{name}/NUMBER"
+            )
+        registry.directory_of(wanted)  # a version whose files are gone must not become what serves
+        return _move(registry, wanted, old, {"event": ROLLBACK, **line}, confirm)
+
+
+def set_challenger(registry: Registry, name: str, number: int | None) -> None:
+    """Say which version is being tried; None says that none is."""
+    with _aliases(registry, name, "challenger", None):
+        registry.set_alias(name, CHALLENGER, number)
+
+
+def settle(registry: Registry, name: str) -> list[str]:
+    """Repair what a crash or a stranger left, and say what was repaired; whoever holds the lock now is left alone.
+
+    An intent whose champion was reached gets its journal line; one that was not is undone. A champion that no line
+    tells of (an alias moved by other tools, a journal that was lost) gets a line that says so.
+    """
+    if not _unsettled(registry, name) or read_lease(registry.lock_path(name)) is not None:
+        return []
+    try:
+        with hold_lease(registry.lock_path(name), "repair", wait_s=SETTLE_WAIT_S):
+            return _settle(registry, name)
+    except StorageError:
+        return []  # another command was faster, and repairs it itself
+
+
+def retire(registry: Registry, name: str, keep: int, also: Sequence[int] = ()) -> list[Version]:
+    """Mark versions that are neither aliased, nor in `also`, nor among the last `keep`; return those marked by now.
+
+    Only a mark: the registry keeps its entry and the workspace its files.
+    """
+    with _aliases(registry, name, "retention", None):
+        aliased = [registry.by_alias(name, alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)]
+        kept = {version.number for version in aliased if version is not None} | set(also)
+        others = [version for version in registry.versions(name) if version.number not in kept]
+        retired = others[: len(others) - keep] if keep < len(others) else []
+        for version in retired:
+            if not version.tags.get(TAG_RETIRED):
+                registry.tag(version, {TAG_RETIRED: now()})
+        return retired
+
+
+def reigns(journal: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return the journal's alias moves of a model, oldest first, each with `since` and, once it ended, `until`."""
+    moves = [dict(line) for line in journal if _is_move(line, name)]
+    for line, following in zip(moves, [*moves[1:], {}], strict=True):
+        line.setdefault("since", line["time"])
+        line["until"] = following.get("since", following.get("time"))
+    return moves
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@contextmanager
+def _aliases(registry: Registry, name: str, owner: str, notify: Notify | None) -> Iterator[Callable[[], Any]]:
+    """Hold the lock of a model's aliases with everything earlier settled; yields the proof that it is still held."""
+    with hold_lease(registry.lock_path(name), owner, notify=notify) as confirm:
+        for repair in _settle(registry, name):
+            if notify is not None:
+                notify(repair)
+        yield confirm
+
+
+def _move(
+    registry: Registry, wanted: Version, old: Version | None, line: Mapping[str, Any], confirm: Callable[[], Any]
+) -> Move:
+    """Intent, previous, champion, journal, in this order; the caller holds the lock."""
+    name, since = wanted.name, now()
+    before = registry.by_alias(name, PREVIOUS)
+    to = {"champion": wanted.number, "previous": old.number if old else (before.number if before else None)}
+    whole = {**line, "name": name, **to, "since": since, "move": uuid.uuid4().hex}
+    intent = {
+        "line": whole,
+        "previous_before": before.number if before else None,
+    }
+    confirm()
+    write_json_atomic(_intent_path(registry, name), intent)
+    registry.set_alias(name, PREVIOUS, to["previous"])
+    registry.tag(wanted, {TAG_SINCE: since} | ({TAG_RETIRED: ""} if wanted.tags.get(TAG_RETIRED) else {}))
+    confirm()
+    registry.set_alias(name, CHAMPION, wanted.number)
+    _journal(registry, whole)
+    _intent_path(registry, name).unlink(missing_ok=True)
+    champion, previous = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
+    assert champion is not None
+    return Move(champion, previous, changed=True)
+
+
+def _settle(registry: Registry, name: str) -> list[str]:
+    """Do the repairs of `settle`; the caller holds the lock."""
+    said, path = [], _intent_path(registry, name)
+    intent = read_json(path)
+    champion = registry.by_alias(name, CHAMPION)
+    number = champion.number if champion else None
+    if intent is not None:
+        line = intent["line"]
+        if number == line["champion"]:
+            if not any(entry.get("move") == line["move"] for entry in read_journal(registry.workspace)):
+                _journal(registry, {**line, "repaired": True})
+                said.append(f"repaired: the move to version {number} at {line['since']} was missing in the journal")
+        else:
+            registry.set_alias(name, PREVIOUS, intent["previous_before"])
+            said.append(
+                f"undone: a move to version {line['champion']} ended half-way; the champion is {number or 'unset'}"
+            )
+        path.unlink(missing_ok=True)
+    if number != _journaled(registry, name):
+        reason = "the alias was moved outside of this workspace, or the journal lost its line"
+        previous = registry.by_alias(name, PREVIOUS)
+        numbers = {"champion": number, "previous": previous.number if previous else None}
+        append_journal(registry.workspace, FOUND, name=name, **numbers, since=now(), reasons=[reason])
+        said.append(f"journaled: the champion is {number or 'unset'}, which no line told; {reason}")
+    return said
+
+
+def _unsettled(registry: Registry, name: str) -> bool:
+    """Look, without a lock and without writing, whether there is something to repair."""
+    if _intent_path(registry, name).exists():
+        return True
+    champion = registry.by_alias(name, CHAMPION)
+    return (champion.number if champion else None) != _journaled(registry, name)
+
+
+def _journaled(registry: Registry, name: str) -> int | None:
+    """The champion by the journal's last move."""
+    moves = [line for line in read_journal(registry.workspace) if _is_move(line, name)]
+    return moves[-1]["champion"] if moves else None
+
+
+def _is_move(line: Mapping[str, Any], name: str) -> bool:
+    moved = line["event"] in (ROLLBACK, FOUND) or (line["event"] == PROMOTE and "move" in line)
+    return moved and line.get("name") == name
+
+
+def _journal(registry: Registry, line: Mapping[str, Any]) -> None:
+    append_journal(registry.workspace, **line)
+
+
+def _intent_path(registry: Registry, name: str) -> Path:
+    return registry.workspace.root / "locks" / f"aliases-{name}.intent.json"

@@ -1,0 +1,100 @@
+"""What stays with a version after the gate: its evidence as tags, a model card beside its weights, disk space.
+
+Deleting is asked for (gate.delete_retired) and takes only weights and checkpoints that Fresco wrote into its workspace:
+records, samples, reports and the registry's entry stay.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import Workspace, read_record, write_bytes_atomic
+from cluster.registry import (
+    TAG_BASE,
+    TAG_COMMIT,
+    TAG_DATASET,
+    TAG_DECISION,
+    TAG_FINGERPRINT,
+    TAG_MODEL_FINGERPRINT,
+    TAG_PARENT,
+    TAG_PATH,
+    TAG_RUN,
+    TAG_SCORECARD,
+    Registry,
+    Version,
+)
+from components.model_card import CARD, PICTURE, CardFacts, make_card
+from flows.config import Config
+
+LINEAGE = {
+    "dataset": TAG_DATASET,
+    "run": TAG_RUN,
+    "recipe fingerprint": TAG_FINGERPRINT,
+    "base weights": TAG_BASE,
+    "parent version": TAG_PARENT,
+    "weights": TAG_MODEL_FINGERPRINT,
+    "code commit": TAG_COMMIT,
+}
+WEIGHTS = ("pipeline", "checkpoints")
+
+
+def write_evidence(registry: Registry, version: Version, line: dict[str, Any]) -> None:
+    """Tag a version with what was decided about it and with its scorecard."""
+    scorecard = {metric: round(value, 6) for metric, value in line["scorecard"].items()}
+    decision = "forced" if line["forced"] else line["decision"]
+    registry.tag(version, {TAG_DECISION: decision, TAG_SCORECARD: json.dumps(scorecard)})
+
+
+def write_card(
+    config: Config, registry: Registry, version: Version, evaluated: dict[str, Any], reasons: Sequence[str]
+) -> Path:
+    """Write README.md and its picture into the pipeline directory of a version."""
+    directory = registry.directory_of(version)
+    grid = evaluated.get("grid")
+    if grid and Path(grid).is_file():
+        write_bytes_atomic(directory / PICTURE, Path(grid).read_bytes())
+    record = read_record(directory.parent) or {}
+    settings = record.get("config", {})
+    facts = CardFacts(
+        name=config.name,
+        version=version.number,
+        dataset=evaluated["dataset"],
+        resolution_px=settings.get("data", {}).get("resolution_px", config.data.resolution_px),
+        scorecard=evaluated["scorecard"],
+        reasons=reasons,
+        lineage={words: version.tags[tag] for words, tag in LINEAGE.items() if tag in version.tags},
+        recipe=settings.get("train", {}),
+        has_picture=(directory / PICTURE).is_file(),
+    )
+    write_bytes_atomic(directory / CARD, make_card(facts).encode())
+    return directory / CARD
+
+
+def has_card(registry: Registry, version: Version) -> bool:
+    return (registry.directory_of(version) / CARD).is_file()
+
+
+def delete_weights(workspace: Workspace, registry: Registry, name: str, retired: Sequence[Version]) -> dict[str, int]:
+    """Delete the weights of retired versions, unless another version points to them; returns bytes freed by path."""
+    gone = {version.number for version in retired}
+    needed = {_inside(workspace, version) for version in registry.versions(name) if version.number not in gone}
+    freed: dict[str, int] = {}
+    for version in retired:
+        pipeline = _inside(workspace, version)
+        if pipeline is None or pipeline in needed:
+            continue
+        run = pipeline.parent.parent == workspace.runs
+        for folder in [pipeline.parent / part for part in WEIGHTS] if run else [pipeline]:
+            if folder.is_dir():
+                freed[str(folder)] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                shutil.rmtree(folder)
+    return freed
+
+
+def _inside(workspace: Workspace, version: Version) -> Path | None:
+    """Where a version's weights lie, if that is a place Fresco itself writes to."""
+    path = workspace.root / version.tags.get(TAG_PATH, "..")
+    ours = (workspace.runs, workspace.root / "models")
+    return path if ".." not in path.parts and any(path.is_relative_to(folder) for folder in ours) else None
