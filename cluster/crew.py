@@ -18,6 +18,7 @@ import torch
 from cluster import workers
 from cluster.exchange import ENDED, FAILURE, OVER, STEP, Exchange
 from cluster.placement import PlacementSection
+from cluster.telemetry import EVAL_LOSS
 from cluster.workers import Task
 
 END_LIMIT_S = 60
@@ -108,12 +109,18 @@ class Crew:
             reason = f"worker group {group} cannot be kept alive; the last error was: {str(error).strip()[-2000:]}"
             ray.get(self.exchange.break_down.remote(reason))
 
+    def offer(self, run_id: str, task: Task, past: list[dict[str, float]], finished: bool) -> None:
+        """Make a run known to the exchange; groups compute it when the search advances it."""
+        import ray
+
+        ray.get(self.exchange.offer.remote(run_id, task, past, finished, self.placement.max_failures))
+
     def execute(self, worker: Callable[[Any], None], job: Any, placement: PlacementSection, directory: Path) -> None:
         """Run `worker(job)` to its end on one of the groups; raises what `workers.run_group` raises."""
         import ray
 
-        run_id, task = str(directory), Task.of(worker, job, directory)
-        ray.get(self.exchange.offer.remote(run_id, task, [], False, placement.max_failures))
+        run_id = str(directory)
+        self.offer(run_id, Task.of(worker, job, directory), [], finished=False)
         event: dict[str, Any] = {}
         while FAILURE not in event and not event.get(OVER):
             event = ray.get(self.exchange.advance.remote(run_id))
@@ -135,4 +142,4 @@ def _as_worker_error(message: str) -> dict[str, str]:
 
 def report_of(step: float, loss: float, over: bool) -> dict[str, float]:
     """Return a report as the loop makes them, for telling a run's past again."""
-    return {STEP: float(step), "eval/loss": loss, OVER: float(over)}
+    return {STEP: float(step), EVAL_LOSS: loss, OVER: float(over)}

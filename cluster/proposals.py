@@ -110,4 +110,6 @@ class Proposer:
             return optuna.samplers.RandomSampler(seed=seed)
         if self.sampler == "evolution":
             return optuna.samplers.NSGAIISampler(population_size=max(4, self.random_trials), seed=seed)
-        return optuna.samplers.TPESampler(n_startup_trials=1, multivariate=True, group=True, seed=seed)
+        return optuna.samplers.TPESampler(
+            n_startup_trials=1, multivariate=True, group=True, constant_liar=True, seed=seed
+        )

@@ -145,6 +145,16 @@ def try_end_run(tracking_uri: str, run_id: str, status: str, tags: dict[str, str
     return True
 
 
+def check_tracking(tracking_uri: str) -> None:
+    """TrackingError when the tracking server cannot be reached."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(tracking_uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise TrackingError(_away(tracking_uri, error)) from error
+
+
 def attach(tracking_uri: str, run_id: str, path: Path) -> None:
     """Attach a file to an MLflow run."""
     _client(tracking_uri).log_artifact(run_id, str(path))
@@ -152,8 +162,8 @@ def attach(tracking_uri: str, run_id: str, path: Path) -> None:
 
 def _away(tracking_uri: str, error: Exception) -> str:
     return (
-        f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {str(error)[:300]}; start it and"
-        " run the same command again: finished work is kept"
+        f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {str(error)[:300]}; start it"
+        " and run the same command again: finished work is kept"
     )
 
 
