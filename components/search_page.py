@@ -8,14 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from PIL import Image
 
-from components.report import Card, cards, folded, notes, page, plot, plots, section
+from components.report import folded, notes, page, plot, plots, section, sheet
 from components.search_plots import plot_cost, plot_importance, plot_rates, plot_trial_curves
 from components.search_results import Trial, common_step, importance, losses_at
 
-MAX_CARDS = 12
+MAX_SHEETS = 12
 EXPLAINED = {
     "loss": "The deterministic validation loss of the averaged weights: same pictures, timesteps and noise for every"
     " trial, so differences are the recipe's.",
@@ -62,7 +63,7 @@ def lead(search: Search) -> str:
     """Two sentences that say the result."""
     spent = sum(trial.steps for trial in search.trials)
     full = search.total_steps * len(search.trials)
-    recipe = ", ".join(f"{path.removeprefix('train.')} {value}" for path, value in search.best.overrides.items())
+    recipe = ", ".join(f"{path.removeprefix('train.')} {_value(v)}" for path, v in search.best.overrides.items())
     first = search.best.curve[0][1]
     change = search.best.loss / first - 1
     return (
@@ -81,7 +82,7 @@ def _table(search: Search) -> str:
         name = f"<b>{trial.number}</b>" if trial is search.best else str(trial.number)
         cells = [
             f"{name}<small>{escape(trial.run_id)}</small>",
-            *(escape(str(trial.overrides.get(path, ""))) for path in paths),
+            *(_value(trial.overrides.get(path, "")) for path in paths),
             f"{escape(trial.state)}{reason}",
             str(trial.steps),
             f"{trial.loss:.5f}" if math.isfinite(trial.loss) else "–",
@@ -89,6 +90,10 @@ def _table(search: Search) -> str:
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def _curves(search: Search) -> str:
@@ -131,11 +136,11 @@ def _what_mattered(search: Search) -> list[str]:
 def _pictures(search: Search) -> str:
     ranked = sorted((trial for trial in search.trials if trial.number in search.pictures), key=lambda one: one.loss)
     items = [
-        Card(
-            f"trial {trial.number}",
+        plot(
+            f"Trial {trial.number}",
             f"loss {trial.loss:.5f} at step {trial.steps}",
-            (("", search.pictures[trial.number]),),
+            sheet(search.pictures[trial.number]),
         )
-        for trial in ranked[:MAX_CARDS]
+        for trial in ranked[:MAX_SHEETS]
     ]
-    return section("Pictures", "Fixed prompts and seeds where each trial ended, beside the base's.", cards(items))
+    return section("Pictures", "Fixed prompts and seeds where each trial ended, beside the base's.", plots(items))

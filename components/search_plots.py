@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from components.plots import ACCENT, INK, LINE, OTHER, SOFT, make_figure, to_svg
 from components.search_results import Trial
@@ -63,6 +64,7 @@ def plot_rates(trials: Sequence[Trial], best: Trial, path: str, losses: Sequence
         axes.plot(trial.overrides[path], loss, color=colour, marker=marker, linestyle="none", markersize=7)
         shown.append(loss)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(path.removeprefix("train."), color=SOFT, fontsize=10.5)
     _clip_outliers(axes, shown)
     _plan_legend(axes, plans)
