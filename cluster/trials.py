@@ -86,7 +86,18 @@ def run_trials(rules: Rules, director: Director, exchange: Any, directory: Path)
 
 def make_scheduler(rules: Rules) -> Any:
     """Return Tune's scheduler of that name; steps are its unit of time."""
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+    class Median(MedianStoppingRule):
+        """Passes over reports of failed trials, which have no loss."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            known = EVAL_LOSS in result
+            return str(super().on_trial_result(tune_controller, trial, result)) if known else TrialScheduler.CONTINUE
+
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            if EVAL_LOSS in result:
+                super().on_trial_complete(tune_controller, trial, result)
 
     if rules.scheduler == "asha":
         return ASHAScheduler(
@@ -98,7 +109,7 @@ def make_scheduler(rules: Rules) -> Any:
             stop_last_trials=False,
         )
     if rules.scheduler == "median":
-        return MedianStoppingRule(time_attr=STEP, grace_period=rules.grace_steps, min_samples_required=2)
+        return Median(time_attr=STEP, grace_period=rules.grace_steps, min_samples_required=2)
     return FIFOScheduler()
 
 
