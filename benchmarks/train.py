@@ -15,12 +15,8 @@ import io
 import json
 import os
 import socket
-import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from PIL import Image
 
-WORKERS, GLOBAL_BATCH, ROUNDS, STEPS_PER_ROUND = 2, 32, 7, 4
+from benchmarks.plain_loop import Clock, Step, decode, plain_loop
+from benchmarks.train_tables import show
+
+WORKERS, GLOBAL_BATCH, ROUNDS, STEPS_PER_ROUND = 2, 32, 15, 4
 PICTURES = 256
-Step = Callable[[int, "Clock"], None]
-
-
-class Clock:
-    """Adds up the seconds of named parts."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
 
 
 def main() -> None:
@@ -71,7 +55,7 @@ def worker(rank: int, port: int, result: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
     pictures, captions = draw_pictures()
     contestants: dict[str, Step] = {
-        "plain": plain_loop(pictures, captions, rank),
+        "plain": plain_loop(pictures, captions, rank, GLOBAL_BATCH // WORKERS),
         "uncached": fresco_loop(pictures, captions, rank, cached=False)[0],
         "cached": fresco_loop(pictures, captions, rank)[0],
     }
@@ -122,59 +106,6 @@ def draw_pictures() -> tuple[list[bytes], list[str]]:
         files.append(buffer.getvalue())
         captions.append(caption)
     return files, captions
-
-
-def decode(files: list[bytes]) -> torch.Tensor:
-    from components.images import to_pixels
-
-    return torch.from_numpy(to_pixels([Image.open(io.BytesIO(file)).convert("RGB") for file in files]))
-
-
-def plain_loop(files: list[bytes], captions: list[str], rank: int) -> Step:
-    """The peer: one script's training step, everything computed in every step."""
-    from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
-
-    from components.models import embedded_base, load_parts
-
-    parts = load_parts(embedded_base())
-    unet = parts.denoiser.train().requires_grad_(True)
-    scheduler = DDPMScheduler.from_config(parts.scheduler.config)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=1e-2)
-    model = torch.nn.parallel.DistributedDataParallel(unet)
-    ema = EMAModel(unet.parameters(), decay=0.999)
-    share = GLOBAL_BATCH // WORKERS
-
-    def step(index: int, clock: Clock) -> None:
-        first = (index * GLOBAL_BATCH + rank * share) % PICTURES
-        with clock.part("decode"):
-            pixels = decode(files[first : first + share])
-        with clock.part("encode pictures"), torch.no_grad():
-            latents = parts.vae.encode(pixels).latent_dist.sample() * parts.vae.config.scaling_factor
-        with clock.part("encode captions"), torch.no_grad():
-            batch = parts.tokenizer(
-                captions[first : first + share],
-                padding="max_length",
-                max_length=parts.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            states = parts.text_encoder(batch.input_ids)[0]
-        with clock.part("forward"):
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, 1000, (len(latents),))
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            target = scheduler.get_velocity(latents, noise, timesteps)
-            loss = torch.nn.functional.mse_loss(model(noisy, timesteps, states).sample, target)
-        with clock.part("backward"):
-            loss.backward()
-        with clock.part("optimizer, clip, EMA"):
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.step(unet.parameters())
-
-    return step
 
 
 def make_fresco(engine: str, stage: int) -> tuple[Any, Any, Any, Any]:
@@ -231,7 +162,7 @@ def fresco_loop(
     share = GLOBAL_BATCH // WORKERS
     positions = range(rank * share, (rank + 1) * share)
 
-    def step(index: int, clock: Clock, stop_before_update: bool = False) -> None:
+    def step(index: int, clock: Clock, last: bool = True) -> None:
         if not cached:
             first = (index * GLOBAL_BATCH + rank * share) % PICTURES
             with clock.part("decode"):
@@ -246,8 +177,8 @@ def fresco_loop(
             prediction = engine.forward(batch.noisy_BCHW, batch.timestep_B, batch.text.states_BLD, batch.text.mask_BL)
             loss = (squared_error(prediction, batch.target_BCHW) * batch.weight_B).mean()
         with clock.part("backward"):
-            engine.backward(loss, last=True)
-        if stop_before_update:
+            engine.backward(loss, last)
+        if not last:
             return
         with clock.part("optimizer, clip, EMA"):
             assert engine.gradients_finite()
@@ -258,44 +189,13 @@ def fresco_loop(
 
 
 def measure_state(step: Any, engine: Any) -> dict[str, Any]:
-    """Return measured and predicted bytes between backward and step, when gradients are there."""
+    """Return measured and predicted bytes between two micro batches of one step, where a worker holds most."""
     from cluster.zero import state_bytes
 
-    step(10**6, Clock(), stop_before_update=True)
+    step(10**6, Clock(), last=False)
     trained = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
     formula = state_bytes(engine.options.stage, trained, 0, WORKERS, bf16=False)
     return {"measured": engine.state_bytes(), "formula": vars(formula)}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the tables as Markdown."""
-    speed = result["speed"]
-    plain = speed["plain"]["rates"]
-    print("\n| loop | images/s | beside plain (median of rounds, min to max) |\n|---|---|---|")
-    for name, numbers in speed.items():
-        ratios = [mine / peer for mine, peer in zip(numbers["rates"], plain, strict=True)]
-        print(f"| {name} | {statistics.median(numbers['rates']):.1f} | {_spread(ratios)} |")
-    parts = list(dict.fromkeys(part for numbers in speed.values() for part in numbers["parts"]))
-    print(f"\n| ms a step | {' | '.join(speed)} |\n|---|{'---|' * len(speed)}")
-    for part in parts:
-        row = [f"{1000 * numbers['parts'].get(part, 0):.0f}" for numbers in speed.values()]
-        print(f"| {part} | {' | '.join(row)} |")
-    print("\n| engine | images/s | beside torch | MiB a worker: measured (formula): weights, gradients, optimizer |")
-    print("|---|---|---|---|")
-    for name, numbers in result["zero"].items():
-        ratios = [mine / peer for mine, peer in zip(numbers["rates"], result["zero"]["torch"]["rates"], strict=True)]
-        memory = result["memory"].get(name.removeprefix("ZeRO "))
-        told = ""
-        if memory is not None:
-            told = ", ".join(
-                f"{memory['measured'][kind] / 2**20:.2f} ({memory['formula'][kind] / 2**20:.2f})"
-                for kind in ("parameters", "gradients", "optimizer")
-            )
-        print(f"| {name} | {statistics.median(numbers['rates']):.1f} | {_spread(ratios)} | {told} |")
-
-
-def _spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 if __name__ == "__main__":

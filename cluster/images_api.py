@@ -9,12 +9,13 @@ import base64
 import difflib
 import secrets
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
@@ -28,6 +29,9 @@ LARGEST_SEED = 2**53 - 1
 RANDOM_SEEDS = 2**32
 INVALID = "invalid_request_error"
 LOADING_RETRY_S = 2
+DESCRIPTION = "OpenAI-compatible image generation by the champion model"
+TRY_PAGE = Path(__file__).parent / "assets" / "try.html"
+PAGE_MAY_LOAD = "default-src 'self' 'unsafe-inline'; img-src data:"
 STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -45,19 +49,21 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
-    model: str | None = None
-    n: Annotated[int, Field(strict=True)] | None = None
+    prompt: str = Field(description="what to draw")
+    model: str | None = Field(None, description="as /v1/models names it; there is one")
+    n: Annotated[int, Field(strict=True)] | None = Field(None, description="number of pictures")
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto: the model's own size")
     response_format: str | None = Field(None, description="b64_json")
-    user: str | None = None
+    user: str | None = Field(None, description="accepted, without effect")
     seed: Annotated[int, Field(strict=True)] | None = Field(None, description="picture i is drawn from seed + i")
     steps: Annotated[int, Field(strict=True)] | None = Field(None, description="denoising steps")
-    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    negative_prompt: str | None = None
-    output_format: Literal["png"] | None = None
-    stream: Literal[False] | None = None
-    background: Literal["auto", "opaque"] | None = None
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None, description="how strongly the prompt is followed; up to 1 turns guidance off"
+    )
+    negative_prompt: str | None = Field(None, description="what not to draw")
+    output_format: Literal["png"] | None = Field(None, description="png")
+    stream: Literal[False] | None = Field(None, description="false: pictures are not streamed")
+    background: Literal["auto", "opaque"] | None = Field(None, description="accepted, without effect")
     quality: str | None = Field(None, description="accepted, without effect")
     style: str | None = Field(None, description="accepted, without effect")
     moderation: str | None = Field(None, description="accepted, without effect")
@@ -68,7 +74,8 @@ class ImagesRequest(BaseModel):
 
 def make_app(painter: PainterThread, limits: ServeSection, name: str) -> FastAPI:
     """Build the routes around one painter; `name` is what clients may call the model."""
-    app = FastAPI(title="Fresco images", description="OpenAI-compatible image generation by the champion model")
+    # FastAPI's own pages load their scripts from another host; the page below needs nothing but this endpoint.
+    app = FastAPI(title="Fresco images", description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -86,6 +93,11 @@ def make_app(painter: PainterThread, limits: ServeSection, name: str) -> FastAPI
             message = f"{error} (serve.max_queue={limits.max_queue}); try again in {painter.retry_after_s} s"
             raise _later(429, message, "queue_full", painter.retry_after_s) from error
         return JSONResponse(_answer(rows, drawn, painter.info), headers=_headers(painter.info))
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(TRY_PAGE.read_text(), headers={"Content-Security-Policy": PAGE_MAY_LOAD})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

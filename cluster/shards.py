@@ -50,16 +50,19 @@ def map_blocks(
 
     actors = _actors_that_fit(pool, len(blocks))
     _make_quiet()
-    results = ray.data.from_arrow(list(blocks)).map_batches(
-        _Actor,
-        fn_constructor_args=(make_work, argument),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        max_restarts=_restarts(),
-    )
+    with warnings.catch_warnings():
+        # Deprecated in Ray 2.60 for 2.64 without a successor, and the only way to bound restarts.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        results = ray.data.from_arrow(list(blocks)).map_batches(
+            _Actor,
+            fn_constructor_args=(make_work, argument),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            ray_remote_args_fn=_restarts,
+        )
     failure = None
     try:
         yield from results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -116,15 +119,16 @@ def _actors_that_fit(pool: ActorPool, num_blocks: int) -> int:
     return max(1, min(room, num_blocks))
 
 
-def _restarts() -> int:
-    """Return how often an actor that died is started again.
+def _restarts() -> dict[str, int]:
+    """Return how often an actor that died, and its task, are started again.
 
     Among several machines one may be lost, and another takes its place. On one machine an actor dies for want of
     memory, and would again, for ever by Ray's default.
     """
     import ray
 
-    return RESTARTS if len(ray.nodes()) > 1 else 0
+    times = RESTARTS if len(ray.nodes()) > 1 else 0
+    return {"max_restarts": times, "max_task_retries": times}
 
 
 def _make_quiet() -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cluster.engine import MASTER, EngineOptions, optimizer_tensors, prime_optimizer, set_rates, tensor_bytes
-from cluster.zero import deepspeed_config
+from cluster.workers import total
+from cluster.zero import deepspeed_config, keeps_gradients
 
 
 class ZeroEngine:
@@ -23,14 +24,17 @@ class ZeroEngine:
         self.options = options
         self.module = model
         self.by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        config = deepspeed_config(options.stage, options.batch, options.clip_norm, options.bf16, options.placement)
+        num_trained = sum(parameter.numel() for parameter in self.by_name.values())
+        config = deepspeed_config(options, num_trained)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.sharded = options.stage > 0
         self.masters: list[Tensor] = self._find_masters()
+        self.keeps_gradients = keeps_gradients(options)
+        self._norm = torch.tensor(0.0)
         self._bad = torch.zeros((), device=options.device)
-        for parameter in self.by_name.values():
+        for parameter in () if self.keeps_gradients else self.by_name.values():
             parameter.register_hook(self._watch)
 
     def _find_masters(self) -> list[Tensor]:
@@ -47,7 +51,7 @@ class ZeroEngine:
         raise AssertionError(f"no fp32 shards known in {type(self.optimizer).__name__}")
 
     def _watch(self, gradient: Tensor) -> None:
-        # ZeRO frees gradients as they are reduced, so a non-finite one is noticed as it passes: x * 0 is nan for it.
+        # Gradients are freed as they are reduced, so a non-finite one is noticed as it passes: x * 0 is nan for it.
         self._bad += gradient.detach().float().sum() * 0
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -63,6 +67,11 @@ class ZeroEngine:
             self.engine.step()
 
     def gradients_finite(self) -> bool:
+        if self.keeps_gradients:
+            # In fp32 whatever the gradients are: a bf16 norm has two digits.
+            norms = torch._foreach_norm(self._reduced_gradients(), dtype=torch.float32)
+            self._norm = torch.linalg.vector_norm(torch.stack(norms))
+            return bool(torch.isfinite(self._norm))
         return not bool(torch.isnan(self._bad))
 
     def step(self, rate_factor: float) -> float:
@@ -70,10 +79,19 @@ class ZeroEngine:
         norm = None
         if not self.sharded:  # stage 0 clips without telling the norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.by_name.values() if p.grad is not None])
+        if self.keeps_gradients:
+            norm = self._clip()
         self.engine.step()
         self._bad.zero_()
         self._link_states()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _clip(self) -> Tensor:
+        """Scale this rank's part by the norm over all parts, which `gradients_finite` has taken; return that norm."""
+        norm = total(self._norm.square()).sqrt()
+        if self.options.clip_norm:
+            torch._foreach_mul_(self._reduced_gradients(), torch.clamp(self.options.clip_norm / (norm + 1e-6), max=1.0))
+        return norm
 
     def _link_states(self) -> None:
         # With several groups DeepSpeed links their optimizer states after the first group's step, when the others have
@@ -134,14 +152,20 @@ class ZeroEngine:
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(steps_done)
 
+    def _reduced_gradients(self) -> list[Tensor]:
+        """This rank's part of the gradients, wherever the stage keeps them: between micro batches, or before a step."""
+        kept: list[Tensor] = []
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            for group in getattr(self.optimizer, name, {}).values():
+                kept += [gradient for gradient in group or [] if gradient is not None]
+        return kept
+
     def state_bytes(self) -> dict[str, int]:
         """Measured bytes of this worker's weights, gradients and optimizer state (masters included when sharded)."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         parameters: list[Tensor] = [getattr(p, "ds_tensor", p.data) for p in self.module.parameters()]
         gradients: list[Tensor] = [p.grad for p in self.module.parameters() if p.grad is not None]
-        averaged: Any = getattr(self.optimizer, "averaged_gradients", {}) or {}
-        for group in averaged.values():
-            gradients += [g for g in group or [] if g is not None]
+        gradients += self._reduced_gradients()
         state = optimizer_tensors(inner) + (self.masters if self.sharded else [])
         return {
             "parameters": tensor_bytes(parameters),

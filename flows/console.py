@@ -1,7 +1,10 @@
 """What a verb says while it works: plain lines on stderr, so that stdout stays free for the one JSON object."""
 
+import os
+import shutil
 import sys
 import time
+from pathlib import Path
 
 _STARTED = time.monotonic()
 
@@ -22,3 +25,11 @@ def live(text: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[2K" + text)
         sys.stderr.flush()
+
+
+def program() -> str:
+    """Return how this command is called again: by its name where the shell finds it, else by its path from here."""
+    called = Path(sys.argv[0])
+    if called.name != "fresco" or shutil.which("fresco") == str(called.absolute()):
+        return "fresco"
+    return os.path.relpath(called)

@@ -19,7 +19,7 @@ from components.models import embedded_base
 from components.report import draw_grid
 from flows import evaluate, generate, prepare, promote, serve, train
 from flows.config import Config
-from flows.console import say, step
+from flows.console import program, say, step
 
 PROMPTS = (
     "an outline of a large crimson heart on a mint background",
@@ -99,12 +99,12 @@ def _farewell(config: Config, url: str, grid: Path, version: str, evaluated: dic
     say(f"report:           {evaluated['report']}")
     say(f"champion:         models:/{config.name}/{version}")
     if stopped:
-        say(f"the endpoint {url} was ended\nnext: fresco serve{where}")
+        say(f"the endpoint {url} was ended\nnext: {program()} serve{where}")
         return
     say(f"endpoint:         {url}")
     say(
         f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json'"
         f' -d \'{{"prompt": "{PROMPTS[0]}", "seed": {SEED}}}\''
     )
-    say(f"next: fresco generate 'three outlined crimson hearts on a mint background'{where}")
-    say(f"to end the endpoint: fresco serve --stop{where}")
+    say(f"next: {program()} generate 'three outlined crimson hearts on a mint background'{where}")
+    say(f"to end the endpoint: {program()} serve --stop{where}")

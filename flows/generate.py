@@ -74,7 +74,8 @@ def run(
         drawn = draw(prompt, wish)
         for png, seed in zip(drawn.pngs, drawn.seeds, strict=True):
             files.append(str(write_new(Path(out).expanduser(), prompt, seed, png)))
-            say(f"{files[-1]}  (seed {seed}, model version {drawn.model_version})")
+            version = "" if drawn.model_version is None else f", model version {drawn.model_version}"
+            say(f"{files[-1]}  (seed {seed}{version})")
         seeds += drawn.seeds
     return {"files": files, "model_version": drawn.model_version, "seed": seeds[0], "seeds": seeds}
 

@@ -21,7 +21,7 @@ from cluster.registry import (
 from components.errors import NonFiniteError
 from flows import evaluate
 from flows.config import Config
-from flows.console import say, step
+from flows.console import program, say, step
 from flows.models import ResolvedModel, keep_in_workspace, resolve_model
 
 EVENT = "promote"
@@ -128,4 +128,4 @@ def _tell(config: Config, result: dict[str, Any], move: Move) -> None:
     say(f"champion of {config.name}: version {result['champion']}; previous: {result['previous'] or 'none'}")
     for reason in result["reasons"]:
         say(f"  - {reason}")
-    say(f"next: fresco serve --detach --workspace {config.workspace}")
+    say(f"next: {program()} serve --detach --workspace {config.workspace}")

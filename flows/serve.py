@@ -22,7 +22,7 @@ from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.registry import CHAMPION, Registry, Version
 from cluster.serving import DRAIN_S, READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
 from flows.config import Config
-from flows.console import say, step
+from flows.console import program, say, step
 
 POLL_S = 0.25
 TELL_EVERY_S = 5.0
@@ -171,7 +171,7 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
         raise
     child.returncode = 0  # it outlives this process on purpose
     _say_ready(record)
-    say(f"end it with: fresco serve --stop --workspace {config.workspace}")
+    say(f"end it with: {program()} serve --stop --workspace {config.workspace}")
     return record
 
 
@@ -218,7 +218,7 @@ def _stop(workspace: Workspace) -> dict[str, Any]:
 
 
 def _say_ready(record: dict[str, Any]) -> None:
-    say(f"ready: {record['url']} serves version {record['model_version']} (docs: {record['url']}/docs)")
+    say(f"ready: {record['url']} serves version {record['model_version']} (a page to try it: {record['url']})")
     body = json.dumps({"prompt": "a small red circle on a blue background", "seed": 1})
     say(f"  curl {record['url']}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'")
 

@@ -8,7 +8,7 @@ from cluster.lease import Lease, read_lease
 from cluster.registry import CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
 from cluster.serving import readiness
 from flows.config import Config
-from flows.console import say
+from flows.console import program, say
 from flows.serve import endpoint_of
 
 NUM_DECISIONS = 10
@@ -51,7 +51,7 @@ def _state(url: str) -> dict[str, Any]:
 def _tell(config: Config, found: dict[str, Any]) -> None:
     champion, previous, endpoint = found["champion"], found["previous"], found["endpoint"]
     if champion is None:
-        say(f"no champion of {config.name} in {config.workspace}; next: fresco promote RUN_ID")
+        say(f"no champion of {config.name} in {config.workspace}; next: {program()} promote RUN_ID")
     else:
         say(
             f"champion   version {champion['version']} since {champion['since']}"
@@ -62,11 +62,11 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
     if found["lease"] is not None:
         say(f"lock       held by {found['lease']['owner']} for {found['lease']['held_s']} s")
     if endpoint is None:
-        say("endpoint   none; next: fresco serve --detach")
+        say(f"endpoint   none; next: {program()} serve --detach")
     else:
         say(f"endpoint   {endpoint['url']} {endpoint['status']}, version {endpoint['model_version']}")
         if champion is not None and endpoint["model_version"] != champion["version"]:
-            say("           it does not serve the champion; next: fresco serve --detach")
+            say(f"           it does not serve the champion; next: {program()} serve --detach")
     for line in found["decisions"]:
         numbers = {key: value for key, value in line.items() if key not in ("time", "event", "reasons", "scorecard")}
         say(f"  {line['time']} {line['event']} {' '.join(f'{key}={value}' for key, value in numbers.items())}")

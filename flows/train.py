@@ -29,7 +29,7 @@ from components.objective import make_objective
 from components.optim import make_optimizer, rate_factor, state_names
 from components.recipe import TrainSection, trains_text
 from flows.config import Config, recipe_fingerprint
-from flows.console import say, step
+from flows.console import program, say, step
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
 from flows.prepare import ensure_dataset
@@ -92,7 +92,7 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
     shutil.rmtree(directory / "ray", ignore_errors=True)
     first, last = results["eval_loss_first"], results["eval_loss_last"]
     say(f"eval loss {first:.4f} -> {last:.4f} ({last / first - 1:+.1%}) in {results['seconds']:.0f} s")
-    say(f"pipeline: {directory / 'pipeline'}\nnext: fresco promote {run_id} --workspace {config.workspace}")
+    say(f"pipeline: {directory / 'pipeline'}\nnext: {program()} promote {run_id} --workspace {config.workspace}")
     return results
 
 

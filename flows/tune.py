@@ -25,7 +25,7 @@ from cluster.workers import read_lines
 from components.errors import InputError
 from components.search_space import Dimension, default_grace, parse_space
 from flows.config import Config, known_keys, with_overrides
-from flows.console import say, step
+from flows.console import program, say, step
 from flows.search import BAD_TRIAL, Search, tracked
 from flows.search_record import SearchRecord, TrialRecord
 from flows.search_report import write_report
@@ -66,7 +66,9 @@ def run(config: Config) -> dict[str, Any]:
     say(f"best of {len(results['trials'])} trials: eval loss {results['best']['eval_loss']:.5f} with")
     for path, value in results["best"]["overrides"].items():
         say(f"  --set {path}={value}")
-    say(f"report: {results['report']}\nnext: fresco promote {results['best']['run_id']} --workspace {config.workspace}")
+    say(
+        f"report: {results['report']}\nnext: {program()} promote {results['best']['run_id']} --workspace {config.workspace}"
+    )
     return results
 
 

@@ -129,18 +129,20 @@ class Bench:
         """Accumulate one step's gradients; return the loss over the global batch."""
         mean = torch.zeros(1)
         for part in range(self.batch.accumulation):
-            first = self.rank * self.batch.per_worker + part * self.batch.micro_batch
-            positions = range(first, first + self.batch.micro_batch)
-            batch = training_batch(self.data, self.objective, self.train, step, positions)
-            prediction = self.engine.forward(
-                batch.noisy_BCHW, batch.timestep_B, batch.text.states_BLD, batch.text.mask_BL
-            )
-            loss = (squared_error(prediction, batch.target_BCHW) * batch.weight_B).mean()
+            loss = self.forward(step, part)
             if spoil:
                 loss = loss * float("inf")
             self.engine.backward(loss, last=part == self.batch.accumulation - 1)
             mean += loss.detach() / self.batch.accumulation
         return workers.total(mean).item() / self.setup.workers
+
+    def forward(self, step: int, part: int = 0) -> torch.Tensor:
+        """Return the loss of one micro batch."""
+        first = self.rank * self.batch.per_worker + part * self.batch.micro_batch
+        positions = range(first, first + self.batch.micro_batch)
+        batch = training_batch(self.data, self.objective, self.train, step, positions)
+        prediction = self.engine.forward(batch.noisy_BCHW, batch.timestep_B, batch.text.states_BLD, batch.text.mask_BL)
+        return (squared_error(prediction, batch.target_BCHW) * batch.weight_B).mean()
 
     def steps(self, first: int, count: int) -> tuple[list[float], list[float]]:
         """Take optimizer steps; return losses and gradient norms."""
@@ -199,8 +201,10 @@ def straight_run(bench: Bench, directory: Path) -> dict[str, Any]:
     writer.close()
     workers.gather(None)
     seen["next"] = bench.steps(setup.steps, NEXT_STEPS)[0]
-    bench.forward_backward(0)
+    # Between two micro batches, where a worker holds most: stage 1 gives up its other gradients after the last one.
+    engine.backward(bench.forward(0), last=False)
     seen["state_bytes"], seen["counts"] = engine.state_bytes(), bench.counts
+    bench.forward_backward(0)
     bench.engine.step(0.0)
     before = bench.look()
     bench.forward_backward(1, spoil=bench.rank == setup.workers - 1)
@@ -381,8 +385,5 @@ def test_state_of_one_engine_continues_on_another(move: tuple[Setup, Setup], see
 def test_measured_state_is_the_formulas(setup: Setup, seen: dict[str, Any]) -> None:
     measured, (trained, frozen) = seen[setup.name]["state_bytes"], seen[setup.name]["counts"]
     expected = asdict(state_bytes(setup.stage, trained, frozen, 2, False))
-    if setup.stage == 1:
-        # Measured after the last micro batch, when stage 1 has reduced its gradients and kept its own part.
-        assert measured.pop("gradients") <= 1.1 * expected["gradients"]
     for part, found in measured.items():
         assert found == pytest.approx(expected[part], rel=0.1), part

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_body_over_the_limit_is_refused_announced_or_not() -> None:
         assert error["code"] == "request_too_large"
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", ROUTE, 405), ("POST", "/", 404)])
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/no", 404), ("GET", ROUTE, 405), ("POST", "/v", 404)])
 def test_unknown_route_or_method_is_refused_in_openai_shape(method: str, path: str, status: int) -> None:
     error = refusal(ask(QuickPainter(), method, path), status)
     assert path in error["message"] and error["code"] in ("not_found", "method_not_allowed")
@@ -215,7 +216,15 @@ def test_models_ready_and_documentation_answer() -> None:
     assert ask(QuickPainter(), "GET", "/readyz").json()["status"] == "ready"
     described = ask(QuickPainter(), "GET", "/openapi.json").json()
     assert "guidance_scale" in described["components"]["schemas"]["ImagesRequest"]["properties"]
-    assert ask(QuickPainter(), "GET", "/docs").status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/", "/docs"])
+def test_page_to_try_it_loads_nothing_from_other_hosts(route: str) -> None:
+    answer = ask(QuickPainter(), "GET", route)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    assert "v1/images/generations" in answer.text
+    assert not re.search(r"""(src|href|url)\s*[=(:]\s*["'`]?(https?:)?//""", answer.text)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
 
 
 def test_api_error_survives_pickling() -> None:

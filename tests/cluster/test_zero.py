@@ -1,9 +1,11 @@
 """The memory formula by hand, and the stage it chooses."""
 
 import pytest
+import torch
 
+from cluster.engine import EngineOptions
 from cluster.placement import BatchPlan, PlacementSection
-from cluster.zero import FITS, choose_stage, deepspeed_config, memory_table, state_bytes
+from cluster.zero import FITS, MAX_BUCKET, choose_stage, deepspeed_config, memory_table, state_bytes
 
 TRAINED, FROZEN, WORKERS = 1000, 500, 4
 FP32 = {
@@ -53,15 +55,25 @@ def test_memory_table_marks_the_chosen_stage_and_adds_up() -> None:
     assert lines[2].startswith("ZeRO 2: 4.0 weights + 2.0 gradients + 6.0 optimizer = 12.0 MiB")
 
 
-def test_deepspeed_config_carries_the_batch_arithmetic_and_offload() -> None:
+def options(stage: int, bf16: bool, clip_norm: float, placement: PlacementSection) -> EngineOptions:
     plan = BatchPlan(global_batch=24, workers=2, micro_batch=3, accumulation=4)
-    config = deepspeed_config(3, plan, 1.5, True, PlacementSection(gpus_per_worker=1, offload="all"))
+    return EngineOptions(plan, placement, stage, clip_norm, bf16, torch.device("cpu"), ("exp_avg", "exp_avg_sq"))
+
+
+def test_deepspeed_config_carries_the_batch_arithmetic_and_offload() -> None:
+    config = deepspeed_config(options(3, True, 1.5, PlacementSection(gpus_per_worker=1, offload="all")), TRAINED)
     assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 24
     assert config["gradient_clipping"] == 1.5 and config["bf16"] == {"enabled": True}
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["offload_param"] == config["zero_optimization"]["offload_optimizer"]
-    unsharded = deepspeed_config(0, plan, 1.5, True, PlacementSection())
+    unsharded = deepspeed_config(options(0, True, 1.5, PlacementSection()), TRAINED)
     assert "bf16" not in unsharded and unsharded["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    plain = deepspeed_config(1, plan, 0.0, False, PlacementSection())
+    plain = deepspeed_config(options(1, False, 0.0, PlacementSection()), TRAINED)
     assert "bf16" not in plain and "offload_optimizer" not in plain["zero_optimization"]
+
+
+@pytest.mark.parametrize(("num_trained", "bucket"), [(TRAINED, TRAINED), (10**10, MAX_BUCKET)])
+def test_reduction_bucket_is_no_larger_than_the_gradients(num_trained: int, bucket: int) -> None:
+    config = deepspeed_config(options(2, False, 1.0, PlacementSection()), num_trained)
+    assert config["zero_optimization"]["reduce_bucket_size"] == bucket

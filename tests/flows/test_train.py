@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,14 @@ def undisturbed(ray_session: None, tiny_base: Path, workspace: Path) -> dict[str
     return train.run(config_of(tiny_base, workspace))
 
 
+@pytest.fixture
+def encoded(undisturbed: dict[str, Any], workspace: Path, tmp_path: Path) -> Path:
+    """A workspace without runs in which the data is prepared already."""
+    for name in ("data", "encoded"):
+        shutil.copytree(workspace / name, tmp_path / name)
+    return tmp_path
+
+
 def wait_for(directory: Path, condition: Any) -> list[dict[str, Any]]:
     """Poll a run's log until `condition(lines)`; fails after WAIT_S."""
     deadline = time.monotonic() + WAIT_S
@@ -111,51 +120,51 @@ def test_metrics_reach_mlflow(undisturbed: dict[str, Any], workspace: Path) -> N
 
 
 def test_killed_worker_restarts_the_group_and_changes_nothing(
-    undisturbed: dict[str, Any], tiny_base: Path, tmp_path: Path
+    undisturbed: dict[str, Any], tiny_base: Path, encoded: Path
 ) -> None:
     killed: list[int] = []
 
     def kill_one() -> None:
-        lines = wait_for(tmp_path, lambda lines, run: newest_complete(run / "checkpoints") is not None)
+        lines = wait_for(encoded, lambda lines, run: newest_complete(run / "checkpoints") is not None)
         killed.append(lines[0]["pids"][1])
         os.kill(killed[0], signal.SIGKILL)
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    result = train.run(config_of(tiny_base, tmp_path))
+    result = train.run(config_of(tiny_base, encoded))
     thread.join()
-    starts = [line for line in read_lines(tmp_path / "runs" / result["run_id"] / "metrics.jsonl") if "pids" in line]
+    starts = [line for line in read_lines(encoded / "runs" / result["run_id"] / "metrics.jsonl") if "pids" in line]
     assert starts[-1]["resumed"], "the group must have continued from a checkpoint"
     assert killed and killed[0] not in starts[-1]["pids"]
     assert largest_difference(weights_of(result["checkpoint"]), weights_of(undisturbed["checkpoint"])) == 0.0
 
 
 def test_killed_driver_continues_on_another_placement(
-    undisturbed: dict[str, Any], tiny_base: Path, tmp_path: Path
+    undisturbed: dict[str, Any], tiny_base: Path, encoded: Path
 ) -> None:
-    config = config_of(tiny_base, tmp_path)
-    path = tmp_path / "config.json"
+    config = config_of(tiny_base, encoded)
+    path = encoded / "config.json"
     path.write_text(json.dumps(config.model_dump()))
     command = [sys.executable, "-m", "flows", "train", "--config", str(path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        wait_for(tmp_path, lambda lines, run: newest_complete(run / "checkpoints") is not None)
+        wait_for(encoded, lambda lines, run: newest_complete(run / "checkpoints") is not None)
     finally:
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-    assert not list(tmp_path.glob("runs/*/record.json")), "a killed run must not look complete"
-    moved = config_of(tiny_base, tmp_path, "placement.workers=1", "placement.zero_stage=3", "placement.micro_batch=4")
+    assert not list(encoded.glob("runs/*/record.json")), "a killed run must not look complete"
+    moved = config_of(tiny_base, encoded, "placement.workers=1", "placement.zero_stage=3", "placement.micro_batch=4")
     result = train.run(moved)
-    starts = [line for line in read_lines(tmp_path / "runs" / result["run_id"] / "metrics.jsonl") if "pids" in line]
+    starts = [line for line in read_lines(encoded / "runs" / result["run_id"] / "metrics.jsonl") if "pids" in line]
     assert starts[-1]["resumed"] and len(starts[-1]["pids"]) == 1
     assert result["eval_loss_last"] == pytest.approx(undisturbed["eval_loss_last"], rel=1e-4)
 
 
 def test_cached_captions_train_like_live_ones_and_frozen_parts_stay(
-    ray_session: None, tiny_base: Path, tmp_path: Path
+    ray_session: None, tiny_base: Path, workspace: Path
 ) -> None:
     plan = ("train.freezing=denoiser", "placement.workers=1", "placement.engine=torch", "train.steps=8")
-    result = train.run(config_of(tiny_base, tmp_path, *plan))
+    result = train.run(config_of(tiny_base, workspace, *plan))
     before, after = weights_of(tiny_base), weights_of(result["checkpoint"])
     moved = {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"unet"}
@@ -164,9 +173,9 @@ def test_cached_captions_train_like_live_ones_and_frozen_parts_stay(
     )
 
 
-def test_z_image_trains_adapters_under_zero_3(ray_session: None, tiny_z_image: Path, tmp_path: Path) -> None:
+def test_z_image_trains_adapters_under_zero_3(ray_session: None, tiny_z_image: Path, workspace: Path) -> None:
     result = train.run(
-        config_of(tiny_z_image, tmp_path, "train.freezing=lora:4", "placement.zero_stage=3", "train.steps=12")
+        config_of(tiny_z_image, workspace, "train.freezing=lora:4", "placement.zero_stage=3", "train.steps=12")
     )
     assert result["zero_stage"] == 3
     assert result["eval_loss_last"] < result["eval_loss_first"]
@@ -175,7 +184,7 @@ def test_z_image_trains_adapters_under_zero_3(ray_session: None, tiny_z_image: P
     assert not any("lora" in name for name, _ in parts.denoiser.named_parameters()), "the export is merged"
 
 
-def test_early_stop_exports_the_best_step(ray_session: None, tiny_base: Path, tmp_path: Path) -> None:
+def test_early_stop_exports_the_best_step(ray_session: None, tiny_base: Path, workspace: Path) -> None:
     stopping = (
         "train.patience=1",
         "train.learning_rate.denoiser=0.5",
@@ -189,13 +198,13 @@ def test_early_stop_exports_the_best_step(ray_session: None, tiny_base: Path, tm
         "placement.workers=1",
         "placement.engine=torch",
     )
-    result = train.run(config_of(tiny_base, tmp_path, *stopping))
+    result = train.run(config_of(tiny_base, workspace, *stopping))
     assert result["steps"] < STEPS
     assert result["exported_step"] < result["steps"]
     assert result["eval_loss_best"] <= result["eval_loss_last"]
 
 
-def test_non_finite_loss_stops_before_the_weights_move(ray_session: None, tiny_base: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_stops_before_the_weights_move(ray_session: None, tiny_base: Path, workspace: Path) -> None:
     wild = (
         "train.optimizer=sgd",
         "train.learning_rate.denoiser=1e30",
@@ -206,5 +215,6 @@ def test_non_finite_loss_stops_before_the_weights_move(ray_session: None, tiny_b
         "train.eval_every_steps=24",
     )
     with pytest.raises(NonFiniteError, match=r"step \d+; no weight was moved"):
-        train.run(config_of(tiny_base, tmp_path, *wild))
-    assert not list(tmp_path.glob("runs/*/record.json"))
+        train.run(config_of(tiny_base, workspace, *wild))
+    (broken,) = (log.parent for log in workspace.glob("runs/*/failure.json"))
+    assert read_record(broken) is None
