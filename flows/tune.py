@@ -66,9 +66,8 @@ def run(config: Config) -> dict[str, Any]:
     say(f"best of {len(results['trials'])} trials: eval loss {results['best']['eval_loss']:.5f} with")
     for path, value in results["best"]["overrides"].items():
         say(f"  --set {path}={value}")
-    say(
-        f"report: {results['report']}\nnext: {program()} promote {results['best']['run_id']} --workspace {config.workspace}"
-    )
+    say(f"report: {results['report']}")
+    say(f"next: {program()} promote {results['best']['run_id']} --workspace {config.workspace}")
     return results
 
 
