@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cluster import workers
+from cluster.errors import WorkerError
 from cluster.exchange import ENDED, FAILURE, OVER, STEP, Exchange
 from cluster.placement import PlacementSection
 from cluster.telemetry import EVAL_LOSS
@@ -80,6 +81,8 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         import ray
+        import ray.train
+        import ray.tune  # here: two threads cannot import them at the same time
 
         self.exchange: Any = ray.remote(Exchange).options(num_cpus=0, max_concurrency=CALLS_AT_ONCE).remote()
         for group in range(self.count):
@@ -103,11 +106,14 @@ class Crew:
         """Keep one group alive until the exchange sends it home."""
         import ray
 
-        feed = CrewFeed(self.exchange, group)
-        error = workers.fit(feed, self.placement, self.directory / f"group-{group}", self.max_restarts)
-        if error is not None:
-            reason = f"worker group {group} cannot be kept alive; the last error was: {str(error).strip()[-2000:]}"
-            ray.get(self.exchange.break_down.remote(reason))
+        error: Exception | None = WorkerError("its thread died")
+        try:
+            feed = CrewFeed(self.exchange, group)
+            error = workers.fit(feed, self.placement, self.directory / f"group-{group}", self.max_restarts)
+        finally:
+            if error is not None:
+                reason = f"worker group {group} cannot be kept alive; the last error was: {str(error).strip()[-2000:]}"
+                ray.get(self.exchange.break_down.remote(reason))
 
     def offer(self, run_id: str, task: Task, past: list[dict[str, float]], finished: bool) -> None:
         """Make a run known to the exchange; groups compute it when the search advances it."""

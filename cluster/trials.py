@@ -29,6 +29,13 @@ QUIET_TUNE = {
 RELAY_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.0001}
 
 
+class Unpickled:
+    """Tune pickles what it is given into snapshots that are never read: stay out of them, with all that we refer to."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
 @dataclass(frozen=True)
 class Rules:
     """How Tune runs the trials."""
@@ -147,7 +154,7 @@ def make_searcher(director: Director) -> Any:
     """Return what Tune asks for trials."""
     from ray.tune.search import Searcher
 
-    class Ask(Searcher):
+    class Ask(Unpickled, Searcher):
         def __init__(self) -> None:
             super().__init__(metric=EVAL_LOSS, mode="min")
 
@@ -170,7 +177,7 @@ def make_searcher(director: Director) -> Any:
 def make_stopper(director: Director) -> Any:
     from ray import tune
 
-    class Spent(tune.Stopper):
+    class Spent(Unpickled, tune.Stopper):
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return director.spent()
 
@@ -186,7 +193,7 @@ def make_callback(director: Director, exchange: Any) -> Any:
     import ray
     from ray import tune
 
-    class Tell(tune.Callback):
+    class Tell(Unpickled, tune.Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             director.reported(trial.config["number"], result)
 
