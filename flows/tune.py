@@ -53,9 +53,7 @@ def run(config: Config) -> dict[str, Any]:
             say(f"continues: {len(search.record.trials)} trials known, {search.record.total_steps} steps done")
         restarts = config.search.trials * (config.placement.max_failures + 1)
         with Crew(config.placement, count, directory / "groups", restarts) as crew:
-            say(
-                f"starting {count} worker group{'s' * (count > 1)}, which stay for all trials (20 to 40 s on two cores)"
-            )
+            say(f"starting worker groups (20 to 40 s on two cores): {count}, kept for all trials")
             search.crew = crew
             with TrialTable(search.record, inputs.workspace.runs, config):
                 run_trials(search.rules(count), search, crew.exchange, directory / "tune")
