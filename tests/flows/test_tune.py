@@ -71,16 +71,13 @@ def wait_for(condition: Any) -> Any:
 
 
 def kill_a_worker_of(runs: Path, killed: list[int]) -> None:
-    """Kill rank 1 of the second trial that gets as far as its third step."""
+    """Kill rank 1 as soon as some trial is under way."""
 
     def under_way() -> list[int]:
-        for log in sorted(runs.glob("*/metrics.jsonl"))[1:]:
-            lines = read_lines(log)
-            if lines and (log.parent / "checkpoints" / "step-00000002").exists():
-                return list(lines[0]["pids"])
-        return []
+        lines = [line for log in runs.glob("*/metrics.jsonl") for line in read_lines(log)]
+        return [line["pids"][1] for line in lines if "pids" in line]
 
-    killed.append(wait_for(under_way)[1])
+    killed += wait_for(under_way)[:1]
     os.kill(killed[0], signal.SIGKILL)
 
 
