@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
+LEARNED_TRIES = 10
 PARTS_OF_A_RUN = 1000  # steps are told as thousandths of a run: searches may differ in length
 
 
@@ -106,7 +107,8 @@ class Proposer:
         import optuna
 
         seed = (self.seed * 100_003 + number * 101 + attempt) % 2**32
-        if self.sampler == "random" or number < self.random_trials:
+        # A sampler that has learned keeps proposing what it likes: in a small space the rest is found at random.
+        if self.sampler == "random" or number < self.random_trials or attempt >= LEARNED_TRIES:
             return optuna.samplers.RandomSampler(seed=seed)
         if self.sampler == "evolution":
             return optuna.samplers.NSGAIISampler(population_size=max(4, self.random_trials), seed=seed)

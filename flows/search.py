@@ -31,7 +31,7 @@ from flows.search_record import UNFINISHED, SearchRecord, TrialRecord, earlier_t
 from flows.train import Inputs, open_job, train_worker
 from flows.watch import FIRST_PICTURES
 
-TRIES = 50  # proposals that were tried already before a space counts as used up
+TRIES = 100  # proposals that were tried already before a space counts as used up
 TRACKING_WAIT_S, TRACKING_POLL_S = 120, 3
 BAD_TRIAL = (NonFiniteError, WorkerError, InputError)  # what says something of the recipe; others end the search
 Answer = TypeVar("Answer")

@@ -64,6 +64,20 @@ def test_discarded_proposal_is_followed_by_another() -> None:
     assert proposer.propose(0, attempt=1) != first
 
 
+def test_small_space_is_used_up_to_its_last_recipe() -> None:
+    proposer = Proposer("tpe", 0, 1, lambda trial: {"x": trial.suggest_categorical("x", [1, 2, 3, 4, 5, 6])})
+    found: list[int] = []
+    for number in range(6):
+        for attempt in range(100):
+            value = proposer.propose(number, attempt)["x"]
+            if value not in found:
+                break
+            proposer.discard(number)
+        found.append(value)
+        proposer.tell(number, Told(COMPLETE, {"x": value}, [(1.0, 0.5 + value)]))
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+
+
 def test_evolution_proposes_too() -> None:
     assert len(search("evolution", 0, 12)) == 12
 
