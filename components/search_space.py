@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components.errors import InputError
 from components.recipe import Section, check_plan_name, trains_text
@@ -61,6 +61,23 @@ class SearchSection(Section):
     """Trials at the same time; 0 takes as many as the cluster has room for."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the proposals; the trials' own seed is train.seed."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _read_numbers(cls, space: Any) -> Any:
+        """YAML 1.1 reads 1e-4 (no dot) as text; the same space must be the same search however it was written."""
+        return _with_numbers(space)
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_numbers(one) for one in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,7 @@ def _dimension(path: str, entry: dict[str, Any], known: Sequence[str]) -> Dimens
 
 def _range(path: str, kind: str, given: Any) -> tuple[float, float]:
     try:
-        low, high = (float(end) for end in given)  # YAML 1.1 reads 1e-4 (no dot) as text
+        low, high = (float(end) for end in given)
     except (TypeError, ValueError):
         raise InputError(f"search.space {path}: {kind} expected [low, high], found {given!r}") from None
     if not low < high:

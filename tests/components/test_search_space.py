@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from components.errors import InputError
-from components.search_space import DEFAULT_SPACE, default_grace, draw, parse_space
+from components.search_space import DEFAULT_SPACE, SearchSection, default_grace, draw, parse_space
 from flows.config import known_keys
 
 RECIPE = {"train.freezing": "all", "train.optimizer": "adamw", "train.weighting": "none"}
@@ -78,7 +78,11 @@ def test_drawn_numbers_are_inside_their_range_and_short_enough_to_type() -> None
 
 
 def test_yaml_numbers_without_a_dot_are_numbers() -> None:
-    (one,) = parse_space({"train.learning_rate.denoiser": {"loguniform": ["1e-4", "1e-3"]}}, known_keys())
+    path = "train.learning_rate.denoiser"
+    written = SearchSection(space={path: {"choice": ["1e-4", "1e+30", 1]}, "train.freezing": {"choice": ["lora:8"]}})
+    read = SearchSection(space={path: {"choice": [1e-4, 1e30, 1]}, "train.freezing": {"choice": ["lora:8"]}})
+    assert written == read
+    (one,) = parse_space(SearchSection(space={path: {"loguniform": ["1e-4", "1e-3"]}}).space, known_keys())
     assert one.edges() == [1e-4, 1e-3]
 
 
