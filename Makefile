@@ -11,7 +11,7 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test demo bench-train bench-gate clean
+.PHONY: help setup check format test demo bench-train bench-tune bench-gate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ demo: $(STAMP)  ## the whole story on the built-in data: train, measure, promote
 
 bench-train: $(STAMP)  ## training speed beside a plain loop, and ZeRO memory beside the formula
 	@$(BIN)/python -m benchmarks.train
+
+bench-tune: $(STAMP)  ## steps that the search saves beside random search, and the time between two trials
+	@$(BIN)/python -m benchmarks.tune
 
 bench-gate: $(STAMP)  ## how often the gate promotes equal recipes, and finds better ones, on real runs
 	@$(BIN)/python -m benchmarks.gate

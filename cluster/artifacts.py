@@ -38,6 +38,10 @@ class Workspace:
         return self.root / "runs"
 
     @property
+    def searches(self) -> Path:
+        return self.root / "searches"
+
+    @property
     def reports(self) -> Path:
         return self.root / "reports"
 
@@ -125,11 +129,16 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def append_journal(workspace: Workspace, event: str, **numbers: Any) -> dict[str, Any]:
-    """Append one event with its numbers; a single write, so that concurrent writers never interleave."""
+    """Append one event with its numbers to the workspace's journal."""
+    return append_line(workspace.journal, event, **numbers)
+
+
+def append_line(path: Path, event: str, **numbers: Any) -> dict[str, Any]:
+    """Append one JSON line to a file; a single write, so that concurrent writers never interleave."""
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **numbers}
     content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
     try:
-        descriptor = os.open(workspace.journal, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line cut short by a crash must not take ours
@@ -140,17 +149,22 @@ def append_journal(workspace: Workspace, event: str, **numbers: Any) -> dict[str
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StorageError(disk_message(workspace.journal, error)) from error
+        raise StorageError(disk_message(path, error)) from error
     return line
 
 
 def read_journal(workspace: Workspace) -> list[dict[str, Any]]:
-    """Return every whole line, oldest first; a line cut short by a crash is skipped."""
-    if not workspace.journal.exists():
+    """Return every whole line of the workspace's journal, oldest first."""
+    return read_events(workspace.journal)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return every whole line of a file, oldest first; a line cut short by a crash is skipped."""
+    if not path.exists():
         return []
     events = []
     # Bytes, since a crash may cut a letter in two; and not splitlines: a prompt may hold a Unicode line separator.
-    for line in workspace.journal.read_bytes().split(b"\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
             events.append(json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError):

@@ -28,6 +28,12 @@ class EndpointError(RuntimeError):
     exit_code = 1
 
 
+class TrackingError(RuntimeError):
+    """The MLflow tracking server cannot be reached."""
+
+    exit_code = 1
+
+
 class RegistryError(RuntimeError):
     """The model registry has no such model, version or alias, or refused a change."""
 

@@ -73,6 +73,20 @@ def _start(placement: PlacementSection) -> None:
     )
 
 
+def groups_that_fit(placement: PlacementSection) -> int:
+    """Return how many worker groups the cluster has room for at the same time, at least one."""
+    import ray
+
+    have = ray.cluster_resources()
+    cores = have.get("CPU", 0)
+    if not placement.ray_address:
+        cores = min(cores, os.cpu_count() or 1)  # logical CPUs of a local session are rounded up
+    rooms = [cores / (placement.workers * placement.cpus_per_worker)]
+    if placement.gpus_per_worker:
+        rooms.append(have.get("GPU", 0) / (placement.workers * placement.gpus_per_worker))
+    return max(1, int(min(rooms)))
+
+
 def check_fits(placement: PlacementSection) -> None:
     """Refuse at once what the cluster can never place, with the arithmetic."""
     import ray

@@ -4,22 +4,27 @@ The lines are the truth that reports and the live progress read; MLflow gets the
 where the loop pauses anyway. A resumed run drops the lines after its checkpoint: they will be written again.
 """
 
+import functools
 import json
 import logging
 import math
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from cluster.artifacts import write_bytes_atomic
-from cluster.workers import read_lines
+from cluster.artifacts import write_bytes_atomic, write_json_atomic
+from cluster.errors import TrackingError
+from cluster.workers import is_disk_full, read_lines
 
 TRAIN_LOSS, EVAL_LOSS, GRAD_NORM = "train/loss", "eval/loss", "train/grad_norm"
 LEARNING_RATE, IMAGES_PER_S = "train/learning_rate_factor", "system/images_per_s"
 DATA_WAIT, MEMORY_PEAK = "system/data_wait_share", "system/memory_peak_mib"
-MAX_PARAM_CHARS = 6000
+MAX_PARAM_CHARS, PARAMS_AT_ONCE = 6000, 100
+PARENT_TAG = "mlflow.parentRunId"
+UNSENT = "unsent.json"
 
 
 class RunLog:
@@ -29,7 +34,8 @@ class RunLog:
         self.path = directory / "metrics.jsonl"
         self._client = _client(tracking_uri)
         self._run_id = mlflow_run_id
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[Any] = []
+        self._pictures: list[Path] = []
         # What an earlier attempt logged beyond the checkpoint that this one starts from will be logged again; so will
         # the evaluation of the checkpoint's own step.
         kept = [line for line in read_lines(self.path) if line["step"] < step + (EVAL_LOSS not in line)]
@@ -37,42 +43,82 @@ class RunLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; numbers with a `/` in their name also go to MLflow at the next `flush`."""
+        line = {**line, "time_s": round(time.time(), 3)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self._pending.append({**line, "time_ms": int(time.time() * 1000)})
+        self.mirror(line)
 
-    def flush(self) -> None:
-        """Send what is pending to MLflow in one batch."""
+    def mirror(self, line: dict[str, Any]) -> None:
+        """Have the numbers of a line sent to MLflow at the next `flush`."""
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(key, float(value), line["time_ms"], int(line.get("step", 0)))
-            for line in self._pending
+        now_ms = int(time.time() * 1000)
+        self._pending += [
+            Metric(key, float(value), now_ms, int(line.get("step", 0)))
             for key, value in line.items()
             if "/" in key and isinstance(value, int | float) and math.isfinite(value)
         ]
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
-        self._pending.clear()
+
+    def flush(self) -> None:
+        """Send what is pending to MLflow; a server that is away gets it at the next flush, and training goes on."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            while self._pending:
+                self._client.log_batch(self._run_id, metrics=self._pending[:1000])
+                del self._pending[:1000]
+            while self._pictures:
+                self._client.log_artifact(self._run_id, str(self._pictures[0]), "samples")
+                del self._pictures[0]
+        except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+            if is_disk_full(error):
+                raise
+            write_json_atomic(self.path.parent / UNSENT, {"reason": str(error)[:1000]})
+        else:
+            (self.path.parent / UNSENT).unlink(missing_ok=True)
 
     def picture(self, path: Path) -> None:
-        """Attach a picture to the MLflow run."""
-        self._client.log_artifact(self._run_id, str(path), "samples")
+        """Attach a picture to the MLflow run at the next flush."""
+        self._pictures.append(path)
 
 
-def start_run(tracking_uri: str, experiment: str, name: str, params: dict[str, Any], artifacts: Path) -> str:
-    """Create an MLflow run with flattened params and the code's commit; return its id."""
+def send_again(directory: Path, tracking_uri: str, mlflow_run_id: str) -> None:
+    """Send a run's whole log and its pictures where its last flush did not get through."""
+    if not (directory / UNSENT).exists():
+        return
+    log = RunLog(directory, tracking_uri, mlflow_run_id, sys.maxsize)
+    for line in read_lines(log.path):
+        log.mirror(line)
+    for path in sorted((directory / "samples").glob("step-*.png")):
+        log.picture(path)
+    log.flush()
+
+
+def start_run(
+    tracking_uri: str, experiment: str, name: str, params: dict[str, Any], artifacts: Path, parent: str = ""
+) -> str:
+    """Create an MLflow run with flattened params and the code's commit, under the run `parent`; return its id."""
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
     client = _client(tracking_uri)
-    found = client.get_experiment_by_name(experiment)
+    try:
+        found = client.get_experiment_by_name(experiment)
+    except MlflowException as error:
+        raise TrackingError(_away(tracking_uri, error)) from error
     if found is None:
         location = artifacts.as_uri() if tracking_uri.startswith("sqlite:") else None
         experiment_id = client.create_experiment(experiment, artifact_location=location)
     else:
         experiment_id = found.experiment_id
-    run = client.create_run(experiment_id, run_name=name, tags={"fresco.run_id": name, "fresco.commit": code_commit()})
+    tags = {"fresco.run_id": name, "fresco.commit": code_commit()}
+    if parent:
+        tags[PARENT_TAG] = parent
+    run = client.create_run(experiment_id, run_name=name, tags=tags)
     run_id: str = run.info.run_id
-    for key, value in flatten(params).items():
-        client.log_param(run_id, key, str(value)[:MAX_PARAM_CHARS])
+    flat = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in flatten(params).items()]
+    for start in range(0, len(flat), PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=flat[start : start + PARAMS_AT_ONCE])
     return run_id
 
 
@@ -81,14 +127,56 @@ def end_run(tracking_uri: str, run_id: str, status: str) -> None:
     _client(tracking_uri).set_terminated(run_id, status)
 
 
+def try_end_run(tracking_uri: str, run_id: str, status: str, tags: dict[str, str], metrics: dict[str, float]) -> bool:
+    """Set an MLflow run's final state, tags and metrics; False when the tracking server is away."""
+    from mlflow.entities import Metric, RunTag
+    from mlflow.exceptions import MlflowException
+
+    now_ms = int(time.time() * 1000)
+    try:
+        _client(tracking_uri).log_batch(
+            run_id,
+            metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items() if math.isfinite(value)],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+        _client(tracking_uri).set_terminated(run_id, status)
+    except MlflowException:
+        return False
+    return True
+
+
+def check_tracking(tracking_uri: str) -> None:
+    """TrackingError when the tracking server cannot be reached."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(tracking_uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise TrackingError(_away(tracking_uri, error)) from error
+
+
+def attach(tracking_uri: str, run_id: str, path: Path) -> None:
+    """Attach a file to an MLflow run."""
+    _client(tracking_uri).log_artifact(run_id, str(path))
+
+
+def _away(tracking_uri: str, error: Exception) -> str:
+    return (
+        f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {str(error)[:300]}; start it"
+        " and run the same command again: finished work is kept"
+    )
+
+
 def run_exists(tracking_uri: str, run_id: str) -> bool:
     """Whether the tracking server knows the run."""
     from mlflow.exceptions import MlflowException
 
     try:
         _client(tracking_uri).get_run(run_id)
-    except MlflowException:
-        return False
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise TrackingError(_away(tracking_uri, error)) from error
     return True
 
 
@@ -103,6 +191,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@functools.cache
 def code_commit() -> str:
     """Return the commit of the source tree this code runs from, or `unknown`."""
     try:
@@ -120,6 +209,9 @@ def code_commit() -> str:
 
 def _client(tracking_uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A server that is away is waited for by whoever can do without it for a while, not inside each call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # importing mlflow sets its own level again

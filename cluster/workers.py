@@ -3,19 +3,23 @@
 A worker that dies (killed, out of memory, lost node) restarts the whole group, which continues from its own newest
 checkpoint. An error that would come again (bad input, a non-finite loss, a full disk) is written to `failure.json`
 before it is raised, and a restarted group that finds it stops at once: the driver raises it as it was.
+
+A group works for a feed: `run_group`'s holds one task; `cluster/crew.py` has one that goes on to the next.
 """
 
 import errno
+import gc
 import importlib
 import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,11 +47,77 @@ def context() -> WorkerContext:
     return WorkerContext(here.get_world_rank(), here.get_world_size(), get_device())
 
 
-def report(metrics: dict[str, float]) -> None:
-    """Report metrics to Ray Train; a barrier: every worker must call it equally often."""
+def report(metrics: dict[str, float]) -> bool:
+    """Report metrics; return whether to go on (a search may end a run). All workers must call it equally often."""
     from ray import train
 
     train.report(metrics)
+    return _feed.go_on(metrics) if _feed is not None else True
+
+
+@dataclass(frozen=True)
+class Task:
+    """A module-level function by name, what it is told, and the folder of what it makes."""
+
+    function: str
+    job: Any
+    directory: Path
+
+    @staticmethod
+    def of(function: Callable[[Any], None], job: Any, directory: Path) -> "Task":
+        return Task(f"{function.__module__}:{function.__qualname__}", job, directory)
+
+    def run(self) -> None:
+        module, _, name = self.function.partition(":")
+        getattr(importlib.import_module(module), name)(self.job)
+
+
+class Feed(Protocol):
+    """Where a group gets its work; every worker holds a copy, and all call each method together."""
+
+    def take(self) -> Task | None:
+        """Return the next task, None when there will be no more."""
+
+    def go_on(self, metrics: dict[str, float]) -> bool:
+        """Whether the task under way goes on after this report."""
+
+    def done(self) -> None:
+        """The task has returned."""
+
+    def failed(self, task: Task, error: Exception) -> bool:
+        """Tell of an error; return whether the group can take other work without a restart."""
+
+
+_feed: Feed | None = None  # of the group that this process works in
+
+
+@dataclass
+class OneTask:
+    """The feed of a group that runs one task. Its named errors go to `failure.json`; any other restarts the group."""
+
+    task: Task
+    taken: bool = False
+
+    @property
+    def failure(self) -> Path:
+        return self.task.directory / "failure.json"
+
+    def take(self) -> Task | None:
+        if self.taken or self.failure.exists():
+            return None
+        self.taken = True
+        return self.task
+
+    def go_on(self, metrics: dict[str, float]) -> bool:
+        return True
+
+    def done(self) -> None:
+        return None
+
+    def failed(self, task: Task, error: Exception) -> bool:
+        if hasattr(type(error), "exit_code"):
+            write_json_atomic(self.failure, named(error))
+        return False
 
 
 def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSection, directory: Path) -> None:
@@ -56,43 +126,12 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
     `worker` is a module-level function, `job` can be pickled. Raises the worker's own error when it is one of Fresco's,
     WorkerError when the restarts are used up.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    _quiet_ray_train()
-    failure = directory / "failure.json"
-    failure.unlink(missing_ok=True)
-    resources = {"CPU": placement.cpus_per_worker}
-    if placement.gpus_per_worker:
-        resources["GPU"] = placement.gpus_per_worker
-    trainer = TorchTrainer(
-        _guarded,
-        train_loop_config={
-            "worker": f"{worker.__module__}:{worker.__qualname__}",
-            "job": job,
-            "failure": str(failure),
-        },
-        torch_config=TorchConfig(backend="nccl" if placement.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=placement.workers,
-            use_gpu=placement.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            # A fresh name for each attempt: the checkpoints to continue from are our own.
-            name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}",
-            storage_path=str(directory / "ray"),
-            failure_config=FailureConfig(max_failures=placement.max_failures),
-        ),
-    )
-    error: Exception | None = None
-    try:
-        error = trainer.fit().error
-    except Exception as raised:  # Ray's own wrapper types; told apart below
-        error = raised
-    named = read_json(failure)
-    if named is not None:
-        raise _rebuild(named)
+    feed = OneTask(Task.of(worker, job, directory))
+    feed.failure.unlink(missing_ok=True)
+    error = fit(feed, placement, directory, placement.max_failures)
+    failure = read_json(feed.failure)
+    if failure is not None:
+        raise rebuild(failure)
     if error is not None and is_disk_full(error):
         # So full that not even the reason could be written.
         raise StorageError(disk_message(directory, OSError(errno.ENOSPC, "no space left on device"))) from error
@@ -103,24 +142,76 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
         ) from error
 
 
-def _guarded(config: dict[str, Any]) -> None:
-    failure = Path(config["failure"])
-    if failure.exists():
-        return
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    module, _, name = config["worker"].partition(":")
-    worker = getattr(importlib.import_module(module), name)
+def fit(feed: Feed, placement: PlacementSection, directory: Path, max_failures: int) -> Exception | None:
+    """Start a group, restart it when it dies, until its feed ends; return the error that was one too many."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    quiet_ray_train()
+    resources = {"CPU": placement.cpus_per_worker}
+    if placement.gpus_per_worker:
+        resources["GPU"] = placement.gpus_per_worker
+    trainer = TorchTrainer(
+        _serve,
+        train_loop_config={"feed": feed},
+        torch_config=TorchConfig(backend="nccl" if placement.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=placement.workers,
+            use_gpu=placement.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A fresh name for each attempt: the checkpoints to continue from are our own.
+            name=f"attempt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{threading.get_ident()}",
+            storage_path=str(directory / "ray"),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
     try:
-        worker(config["job"])
+        return trainer.fit().error
+    except Exception as raised:  # Ray's own wrapper types; told apart by the caller
+        return raised
+
+
+def _serve(config: dict[str, Any]) -> None:
+    """What every worker of a group does: one task after the other."""
+    global _feed
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    feed: Feed = config["feed"]
+    _feed = feed
+    while (task := feed.take()) is not None:
+        error = _attempt(task)
+        if error is None:
+            feed.done()
+        elif not feed.failed(task, error):
+            raise error
+        # What the task held must be gone before the next one makes the same again.
+        error = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _attempt(task: Task) -> Exception | None:
+    try:
+        task.run()
     except Exception as error:
         if is_disk_full(error):
-            error = StorageError(disk_message(failure.parent, OSError(errno.ENOSPC, "no space left on device")))
-        if hasattr(type(error), "exit_code"):
-            write_json_atomic(
-                failure,
-                {"module": type(error).__module__, "name": type(error).__name__, "message": str(error)},
-            )
-        raise error
+            return StorageError(disk_message(task.directory, OSError(errno.ENOSPC, "no space left on device")))
+        return error
+    return None
+
+
+def named(error: Exception) -> dict[str, str]:
+    """Turn an error into what another process can rebuild it from."""
+    return {"module": type(error).__module__, "name": type(error).__name__, "message": str(error)}
+
+
+def rebuild(failure: dict[str, Any]) -> Exception:
+    """Return the error that `named` described."""
+    kind = getattr(importlib.import_module(failure["module"]), failure["name"])
+    error: Exception = kind(failure["message"])
+    return error
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -129,13 +220,7 @@ def is_disk_full(error: BaseException) -> bool:
     return "no space left" in text or "disk is full" in text
 
 
-def _rebuild(named: dict[str, str]) -> Exception:
-    kind = getattr(importlib.import_module(named["module"]), named["name"])
-    error: Exception = kind(named["message"])
-    return error
-
-
-def _quiet_ray_train() -> None:
+def quiet_ray_train() -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 

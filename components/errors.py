@@ -21,3 +21,5 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; no weight was moved by it."""
 
     exit_code = 1
+    on_all_ranks = True
+    """Raised by every rank at the same place, so that they can go on to other work together."""

@@ -40,7 +40,7 @@ class Curve:
 
 def plot_curves(curves: Sequence[Curve], x_label: str) -> str:
     """Curves over steps, each named at its right end."""
-    figure, axes = _make_figure()
+    figure, axes = make_figure()
     names: list[tuple[float, str, str]] = []
     for curve in curves:
         colour = ACCENT if curve.accent else OTHER
@@ -62,12 +62,12 @@ def plot_curves(curves: Sequence[Curve], x_label: str) -> str:
         axes.annotate(name, place, xycoords="axes fraction", va="center", color=colour, fontsize=10.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
-    return _to_svg(figure)
+    return to_svg(figure)
 
 
 def plot_bands(labels: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], x_label: str) -> str:
     """(value, low, high) of each series in each band, side by side; the last series is the accented one."""
-    figure, axes = _make_figure()
+    figure, axes = make_figure()
     last = len(series) - 1
     for index, (name, estimates) in enumerate(series.items()):
         colour = ACCENT if index == last else OTHER
@@ -84,12 +84,12 @@ def plot_bands(labels: Sequence[str], series: Mapping[str, Sequence[tuple[float,
     axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=SOFT, fontsize=10.5, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    return _to_svg(figure)
+    return to_svg(figure)
 
 
 def plot_slices(labels: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], x_label: str) -> str:
     """(value, low, high) of each series for each label, a line each from top to bottom; the last series is accented."""
-    figure, axes = _make_figure(height=1.2 + 0.26 * len(labels))
+    figure, axes = make_figure(height=1.2 + 0.26 * len(labels))
     last = len(series) - 1
     for index, (name, estimates) in enumerate(series.items()):
         colour = ACCENT if index == last else OTHER
@@ -105,7 +105,7 @@ def plot_slices(labels: Sequence[str], series: Mapping[str, Sequence[tuple[float
     axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=SOFT, fontsize=10.5, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    return _to_svg(figure)
+    return to_svg(figure)
 
 
 def whiskers(model: tuple[float, float, float], base: tuple[float, float, float] | None) -> str:
@@ -123,7 +123,7 @@ def whiskers(model: tuple[float, float, float], base: tuple[float, float, float]
     return f'<svg viewBox="0 0 200 34" preserveAspectRatio="xMinYMid meet" aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def _make_figure(height: float = 3.5) -> tuple[Figure, Axes]:
+def make_figure(height: float = 3.5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -147,7 +147,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """The figure as an <svg> element that can stand in a page beside others."""
     buffer = io.StringIO()
     # Dates and ids would differ from run to run; text stays text, so that the page's font applies

@@ -150,6 +150,11 @@ def _img(picture: Image.Image | None, label: str) -> str:
     return f'<img{look} alt="{escape(label)}" src="data:image/{kind};base64,{data}">'
 
 
+def sheet(picture: Image.Image) -> str:
+    """A picture of pictures, as wide as its place."""
+    return _img(picture, "sample sheet")
+
+
 def plot(title: str, note: str, svg: str) -> str:
     """An inline SVG with a title."""
     return f'<figure class="plot"><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{svg}</figure>'

@@ -152,6 +152,12 @@ def train(shared: Shared) -> None:
 
 
 @verb
+def tune(shared: Shared) -> None:
+    """Search recipes with Ray Tune (TPE and early stopping), continue the winner to its full length, report."""
+    shared.run("tune", lambda flow, config: flow.run(config))
+
+
+@verb
 def evaluate(
     shared: Shared,
     model: Model,

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from cluster.placement import PlacementSection, ServeSection
 from components.errors import InputError
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection, Section, TrainSection
+from components.search_space import SearchSection
 
 DEFAULT_PRESET = "tiny_cpu"
 
@@ -28,6 +29,7 @@ class Config(Section):
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     train: TrainSection = TrainSection()
+    search: SearchSection = SearchSection()
     evaluate: EvaluateSection = EvaluateSection()
     gate: GateSection = GateSection()
     serve: ServeSection = ServeSection()
@@ -56,6 +58,21 @@ def load_config(
         _set(tree, override)
     if workspace is not None:
         tree["workspace"] = workspace
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from error
+
+
+def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
+    """Return the config with values by dotted path, checked as if they came from --set."""
+    tree = config.model_dump()
+    for path, value in overrides.items():
+        *sections, key = path.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[key] = value
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

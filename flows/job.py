@@ -18,3 +18,5 @@ class Job:
     dataset: Path
     mlflow_uri: str
     mlflow_run_id: str
+    pictures_at_end: bool = False
+    """Draw where the run ends or is stopped, and not at every evaluation: a search looks at losses."""

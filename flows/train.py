@@ -8,16 +8,20 @@ Everything random in the loop is a function of (seed, step, position in the glob
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import telemetry, workers
-from cluster.artifacts import open_workspace, read_json, read_record, write_json_atomic, write_record
+from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_json_atomic, write_record
 from cluster.checkpoints import CheckpointWriter
 from cluster.engine import MASTER, Engine, EngineOptions, make_engine
-from cluster.placement import check_placement, plan_batch
+from cluster.exchange import OVER, STEP
+from cluster.placement import PlacementSection, check_placement, plan_batch
 from cluster.session import local_session
 from cluster.zero import choose_stage, memory_table
+from components.dataset import DatasetVersion
 from components.ema import Ema
 from components.freezing import apply_plan, parameter_groups, trainable
 from components.models import Parts, embedded_base, load_parts, model_fingerprint
@@ -26,7 +30,7 @@ from components.optim import make_optimizer, rate_factor, state_names
 from components.recipe import TrainSection, trains_text
 from flows.config import Config, recipe_fingerprint
 from flows.console import program, say, step
-from flows.encode import ensure_encoded
+from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
 from flows.prepare import ensure_dataset
 from flows.progress import RunProgress
@@ -40,63 +44,114 @@ LOG_EVERY_STEPS = 10
 # ------------------------------------------------------------------------------------------------- the driver
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train one recipe to its end, continuing what an earlier attempt left; return the verb's JSON object."""
+Execute = Callable[[Callable[[Any], None], Any, PlacementSection, Path], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe is applied to."""
+
+    workspace: Workspace
+    dataset: DatasetVersion
+    base: Path
+    base_fingerprint: str
+
+    def run_id(self, config: Config) -> str:
+        return f"{config.name}-{recipe_fingerprint(config, self.dataset.id, self.base_fingerprint)}"
+
+
+def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
+    """Train one recipe to its end, continuing what an earlier attempt left; return the verb's JSON object.
+
+    `execute` has workers run the loop: a group of their own, or one that a search keeps.
+    """
     check_placement(config.placement)
     batch = plan_batch(config.train.global_batch, config.placement.workers, config.placement.micro_batch)
-    base = Path(config.model.base).expanduser().resolve() if config.model.base else embedded_base()
-    base_fingerprint = model_fingerprint(base)
-    workspace = open_workspace(config.workspace)
     with local_session(config.placement):
-        dataset = ensure_dataset(config)
-        fingerprint = recipe_fingerprint(config, dataset.id, base_fingerprint)
-        run_id = f"{config.name}-{fingerprint}"
-        directory = workspace.run_dir(run_id)
+        inputs = open_inputs(config)
+        run_id = inputs.run_id(config)
+        directory = inputs.workspace.run_dir(run_id)
         record = read_record(directory)
         if record is not None:
             say(f"run {run_id}: complete with the same fingerprint, nothing to do")
             return dict(record["results"])
-        data = ensure_encoded(config, dataset, base, with_text=not trains_text(config.train.freezing))
-        step(f"train: run {run_id} on {dataset.id}, plan {config.train.freezing}, {config.train.steps} steps, {batch}")
-        directory.mkdir(parents=True, exist_ok=True)
-        uri = config.placement.tracking_uri or workspace.mlflow_uri
-        mlflow_run_id = _mlflow_run(config, directory, uri, run_id, dataset.id)
-        job = Job(config, base, directory, data, dataset.directory, uri, mlflow_run_id)
+        data = ensure_encoded(config, inputs.dataset, inputs.base, with_text=not trains_text(config.train.freezing))
+        plan_name = config.train.freezing
+        step(f"train: run {run_id} on {inputs.dataset.id}, plan {plan_name}, {config.train.steps} steps, {batch}")
+        job = open_job(config, inputs, data)
         started = time.monotonic()
         try:
             with RunProgress(directory, config.train.steps):
-                workers.run_group(train_worker, job, config.placement, directory)
+                execute(train_worker, job, config.placement, directory)
         except BaseException as error:
-            telemetry.end_run(uri, mlflow_run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            telemetry.end_run(job.mlflow_uri, job.mlflow_run_id, status)
             raise
-        telemetry.end_run(uri, mlflow_run_id, "FINISHED")
-    outcome = read_json(directory / "outcome.json") or {}
-    results = {
-        "run_id": run_id,
-        "checkpoint": str(directory / "pipeline"),
-        **outcome,
-        "workers": config.placement.workers,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_record(
-        directory,
-        {
-            "config": config.model_dump(),
-            "fingerprint": fingerprint,
-            "inputs": {"dataset": dataset.id, "base": base_fingerprint, "base_path": str(base)},
-            "provenance": {
-                "commit": telemetry.code_commit(),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
-            "mlflow_run_id": mlflow_run_id,
-            "pipeline": "pipeline",
-            "results": results,
-        },
-    )
+        telemetry.end_run(job.mlflow_uri, job.mlflow_run_id, "FINISHED")
+    results = _record(job, inputs, time.monotonic() - started)
     shutil.rmtree(directory / "ray", ignore_errors=True)
     first, last = results["eval_loss_first"], results["eval_loss_last"]
     say(f"eval loss {first:.4f} -> {last:.4f} ({last / first - 1:+.1%}) in {results['seconds']:.0f} s")
     say(f"pipeline: {directory / 'pipeline'}\nnext: {program()} promote {run_id} --workspace {config.workspace}")
+    return results
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Find what the recipe is applied to; makes the dataset version when there is none. A Ray session must run."""
+    base = Path(config.model.base).expanduser().resolve() if config.model.base else embedded_base()
+    base_fingerprint = model_fingerprint(base)
+    workspace = open_workspace(config.workspace)
+    return Inputs(workspace, ensure_dataset(config), base, base_fingerprint)
+
+
+def open_job(
+    config: Config, inputs: Inputs, data: EncodedPaths, parent: str = "", pictures_at_end: bool = False
+) -> Job:
+    """Make the folder and the MLflow run of a recipe (under the MLflow run `parent`), or find them again."""
+    run_id = inputs.run_id(config)
+    directory = inputs.workspace.run_dir(run_id)
+    directory.mkdir(parents=True, exist_ok=True)
+    uri = config.placement.tracking_uri or inputs.workspace.mlflow_uri
+    known = read_json(directory / "mlflow.json")
+    mlflow_run_id = str(known["run_id"]) if known is not None else ""
+    if not mlflow_run_id or not telemetry.run_exists(uri, mlflow_run_id):
+        params = {"dataset": inputs.dataset.id, **config.model_dump(exclude={"serve", "search", "workspace"})}
+        artifacts = inputs.workspace.root / "mlartifacts"
+        mlflow_run_id = telemetry.start_run(uri, config.name, run_id, params, artifacts, parent)
+        write_json_atomic(directory / "mlflow.json", {"run_id": mlflow_run_id})
+    dataset_dir = inputs.dataset.directory
+    return Job(config, inputs.base, directory, data, dataset_dir, uri, mlflow_run_id, pictures_at_end)
+
+
+def _record(job: Job, inputs: Inputs, seconds: float) -> dict[str, Any]:
+    """Mark the run complete; return its results."""
+    outcome = read_json(job.directory / "outcome.json") or {}
+    results = {
+        "run_id": job.directory.name,
+        "checkpoint": str(job.directory / "pipeline"),
+        **outcome,
+        "workers": job.config.placement.workers,
+        "seconds": round(seconds, 1),
+    }
+    write_record(
+        job.directory,
+        {
+            "config": job.config.model_dump(),
+            "fingerprint": recipe_fingerprint(job.config, inputs.dataset.id, inputs.base_fingerprint),
+            "inputs": {
+                "dataset": inputs.dataset.id,
+                "base": inputs.base_fingerprint,
+                "base_path": str(inputs.base),
+            },
+            "provenance": {
+                "commit": telemetry.code_commit(),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+            "mlflow_run_id": job.mlflow_run_id,
+            "pipeline": "pipeline",
+            "results": results,
+        },
+    )
     return results
 
 
@@ -122,18 +177,6 @@ def _count(train: TrainSection, parts: Parts) -> tuple[int, int]:
     model = apply_plan(parts, train.freezing, train.seed)
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     return trained, sum(parameter.numel() for parameter in model.parameters()) - trained
-
-
-def _mlflow_run(config: Config, directory: Path, uri: str, run_id: str, dataset_id: str) -> str:
-    """Return the MLflow run of this folder, creating it once."""
-    known = read_json(directory / "mlflow.json")
-    if known is not None and telemetry.run_exists(uri, known["run_id"]):
-        return str(known["run_id"])
-    params = {"dataset": dataset_id, **config.model_dump(exclude={"serve", "workspace"})}
-    artifacts = Path(config.workspace).expanduser().resolve() / "mlartifacts"
-    created = telemetry.start_run(uri, config.name, run_id, params, artifacts)
-    write_json_atomic(directory / "mlflow.json", {"run_id": created})
-    return created
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -184,20 +227,31 @@ def train_worker(job: Job) -> None:
         )
 
     while True:
-        # Measure, draw, compare, report; the weights measured are the averaged ones that would be exported.
+        # Measure, compare, report, draw; the weights measured are the averaged ones that would be exported.
         last = progress.step >= train.steps
         if progress.step % train.eval_every_steps == 0 or last:
+            unjudged = dict(vars(progress))
             with weights.averaged():
-                seen = watch.look(progress.step, engine.forward)
-            progress.judge(seen[telemetry.EVAL_LOSS])
+                seen = watch.look(engine.forward)
+                progress.judge(seen[telemetry.EVAL_LOSS])
+                over = last or (train.patience > 0 and progress.bad_evals >= train.patience)
+                go_on = workers.report({STEP: float(progress.step), OVER: float(over), **seen})
+                drawn = over or not (go_on and job.pictures_at_end and watch.first_pictures.exists())
+                if drawn:
+                    watch.draw(progress.step, engine.forward)
             if train.patience and progress.best_step == progress.step:
                 weights.save_best(progress, here)
             if log is not None:
                 log.write({"step": progress.step, **seen})
-                log.picture(watch.picture_path(progress.step))
+                if drawn:
+                    log.picture(watch.picture_path(progress.step))
                 log.flush()
-            workers.report({"step": float(progress.step), **seen})
-            if last or (train.patience and progress.bad_evals >= train.patience):
+            if not go_on:
+                # The search wants no more of it now. Whoever continues here sees and judges this evaluation again.
+                writer.save(progress.step, weights.tensors(), unjudged)
+                writer.close()
+                return
+            if over:
                 break
 
         # One optimizer step.

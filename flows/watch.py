@@ -28,6 +28,7 @@ from flows.encode import EncodedPaths
 from flows.job import Job
 
 NUM_PROMPTS = 8
+FIRST_PICTURES = "first-pictures.png"
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -78,11 +79,10 @@ class Watch:
             num_images=min(job.config.train.eval_images, len(items)),
         )
 
-    def look(self, step: int, forward: Forward) -> dict[str, float]:
-        """Return the validation loss, whole and by band, and write the sheet of pictures. Collective."""
+    def look(self, forward: Forward) -> dict[str, float]:
+        """Return the validation loss, whole and by band. Collective."""
         with torch.no_grad():
             losses = self.losses(forward)
-            self.draw(step, forward)
         numbers = {telemetry.EVAL_LOSS: float(losses.mean())}
         return numbers | {f"{telemetry.EVAL_LOSS}_band_{k}": float(loss) for k, loss in enumerate(losses.mean(axis=0))}
 
@@ -101,6 +101,12 @@ class Watch:
         )
         return np.concatenate(workers.gather(own))[: self.num_images]
 
+    @property
+    def first_pictures(self) -> Path:
+        """The pictures before training, which every sheet repeats."""
+        return self.directory / FIRST_PICTURES
+
+    @torch.no_grad()
     def draw(self, step: int, forward: Forward) -> None:
         """Draw the fixed prompts, ranks taking turns; rank 0 writes the sheet beside step 0's pictures. Collective."""
         world = self.here.world_size
@@ -134,7 +140,7 @@ class Watch:
 
     def _write_sheet(self, step: int, pictures: list[Image.Image]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        first = self.directory / "first-pictures.png"
+        first = self.first_pictures
         width, height = pictures[0].size
         if step == 0 or not first.exists():
             strip = Image.new("RGB", (width * len(pictures), height))

@@ -28,6 +28,7 @@ MUST_STAY_LIGHT = (
     "flows/presets.py",
     "flows/console.py",
     "components/recipe.py",
+    "components/search_space.py",
     "components/errors.py",
     "cluster/errors.py",
     "cluster/placement.py",
@@ -118,7 +119,7 @@ def test_presets_are_complete_configs_that_read_back() -> None:
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-@pytest.mark.parametrize("verb", ["prepare", "train"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "tune"])
 def test_every_preset_dry_runs(name: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(preset=name, workspace=str(tmp_path / "workspace"))

@@ -1,0 +1,185 @@
+"""The search between Tune and the runs, with a thread that pretends to train: what is recorded, told and continued."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import telemetry
+from cluster.artifacts import open_workspace, read_json
+from cluster.crew import Crew
+from cluster.exchange import ENDED, OVER, Exchange
+from cluster.proposals import COMPLETE, FAILED, STOPPED
+from cluster.trials import run_trials
+from cluster.workers import named
+from components.dataset import DatasetVersion
+from components.errors import NonFiniteError
+from flows.config import Config, load_config
+from flows.encode import EncodedPaths
+from flows.job import Job
+from flows.search import Search
+from flows.search_record import UNFINISHED
+from flows.train import Inputs
+from flows.tune import check_space, search_fingerprint
+
+RATE = "train.learning_rate.denoiser"
+
+
+class Pretended:
+    """A crew of one group that computes a loss from the rate instead of training; it can be told to die."""
+
+    def __init__(self, placement: Any) -> None:
+        import ray
+
+        self.crew = Crew(placement, 1, Path("/nowhere"), 0)
+        self.exchange = self.crew.exchange = ray.remote(Exchange).options(num_cpus=0, max_concurrency=100).remote()
+        self.steps: list[tuple[str, int]] = []
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        import ray
+
+        while (task := ray.get(self.exchange.take.remote(0))) != ENDED:
+            if task is not None:
+                self._train(task.job)
+
+    def _train(self, job: Job) -> None:
+        import ray
+
+        train = job.config.train
+        rate = train.learning_rate.denoiser
+        if rate > 1:
+            ray.get(self.exchange.failed.remote(0, named(NonFiniteError("expected a finite loss, found nan"))))
+            return
+        log = telemetry.RunLog(job.directory, job.mlflow_uri, job.mlflow_run_id, 0)
+        for step in range(0, train.steps + 1, train.eval_every_steps):
+            loss = 1 / (1 + rate * 1000 * step)
+            self.steps.append((job.directory.name, step))
+            report = {"step": float(step), telemetry.EVAL_LOSS: loss, OVER: float(step == train.steps)}
+            go_on = ray.get(self.exchange.report.remote(0, report))
+            log.write({"step": step, telemetry.EVAL_LOSS: loss})
+            log.flush()
+            if not go_on:
+                break
+        ray.get(self.exchange.done.remote(0))
+
+    def close(self) -> None:
+        import ray
+
+        ray.get(self.exchange.close.remote())
+        self.thread.join(60)
+        ray.kill(self.exchange)
+
+
+@pytest.fixture
+def config(config: Config) -> Config:
+    """Seven trials of 12 steps over rates, one of which cannot be trained."""
+    return load_config(
+        overrides=[
+            "name=tiny",
+            "train.steps=12",
+            "train.eval_every_steps=4",
+            "search.trials=7",
+            "search.sampler=random",
+            "search.grace_steps=4",
+            "search.reduction_factor=2",
+            f"search.space={{{RATE}: {{choice: [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 9.0]}}}}",
+        ],
+        workspace=config.workspace,
+    )
+
+
+@pytest.fixture
+def inputs(config: Config, tiny_base: Path) -> Inputs:
+    workspace = open_workspace(config.workspace)
+    dataset = DatasetVersion("tiny", "0123456789ab", workspace.data / "tiny@0123456789ab", ())
+    return Inputs(workspace, dataset, tiny_base, "base0")
+
+
+@pytest.fixture
+def crew(ray_session: None, config: Config) -> Iterator[Pretended]:
+    made = Pretended(config.placement)
+    yield made
+    made.close()
+
+
+def search_of(config: Config, inputs: Inputs, crew: Pretended) -> Search:
+    directory = inputs.workspace.searches / search_fingerprint(config, inputs)
+    search = Search(config, check_space(config), inputs, directory)
+    search.crew = crew.crew
+    nothing = EncodedPaths({}, {}, Path())
+    search._data = {True: nothing, False: nothing}  # nothing is read by whoever pretends
+    return search
+
+
+def go(search: Search, directory: Path) -> None:
+    run_trials(search.rules(1), search, search.crew.exchange, directory)
+    if search.error is not None:
+        raise search.error
+
+
+def test_search_records_continues_and_repeats_nothing(
+    config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path
+) -> None:
+    limited = config.model_copy(update={"search": config.search.model_copy(update={"budget_steps": 24})})
+    first = search_of(limited, inputs, crew)
+    go(first, tmp_path / "tune")
+    assert 24 <= first.record.total_steps <= 28
+    known = len(first.record.trials)
+    assert known < 7 and first.record.trials[-1].state in (UNFINISHED, COMPLETE, STOPPED, FAILED)
+    ended = [replace(trial) for trial in first.record.trials if trial.ended]
+    before = list(crew.steps)
+
+    second = search_of(config, inputs, crew)
+    assert second.directory == first.directory and second.record.continued
+    go(second, tmp_path / "tune")
+    trials = second.record.trials
+    assert len(trials) == 7 and {trial.overrides[RATE] for trial in trials} == {
+        0.001,
+        0.002,
+        0.004,
+        0.008,
+        0.016,
+        0.032,
+        9.0,
+    }
+    assert trials[: len(ended)] == ended, "what had ended is as it was"
+    computed_again = {run_id for run_id, _ in crew.steps[len(before) :]}
+    assert not computed_again & {trial.run_id for trial in ended}
+    failed = [trial for trial in trials if trial.state == FAILED]
+    assert [trial.overrides[RATE] for trial in failed] == [9.0] and "NonFiniteError" in failed[0].reason
+    assert {trial.state for trial in trials} >= {COMPLETE, FAILED}
+    best = second.record.best()
+    assert best is not None and best.overrides[RATE] == 0.032 and best.steps == 12
+
+
+def test_every_trial_is_a_child_run_with_its_state(
+    config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    search = search_of(config, inputs, crew)
+    go(search, tmp_path / "tune")
+    client = MlflowClient(inputs.workspace.mlflow_uri)
+    for trial in search.record.trials:
+        known = read_json(inputs.workspace.run_dir(trial.run_id) / "mlflow.json")
+        run = client.get_run(known["run_id"])
+        assert run.data.tags[telemetry.PARENT_TAG] == search.parent
+        assert run.data.tags["fresco.state"] == trial.state
+        assert run.info.status == ("FAILED" if trial.state == FAILED else "FINISHED")
+        assert float(run.data.params[RATE]) == trial.overrides[RATE]
+        points = client.get_metric_history(known["run_id"], telemetry.EVAL_LOSS)
+        assert [point.step for point in points] == (
+            [] if trial.state == FAILED else [step for step, _ in trial.reports]
+        )
+
+
+def test_space_that_is_used_up_ends_the_search(config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path) -> None:
+    larger = config.model_copy(update={"search": config.search.model_copy(update={"trials": 20})})
+    search = search_of(larger, inputs, crew)
+    go(search, tmp_path / "tune")
+    assert len(search.record.trials) == 7
