@@ -39,7 +39,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pipeline.mkdir(parents=True)
         tags = {TAG_RUN: f"run-{number}", TAG_MODEL_FINGERPRINT: f"weights {number}"}
         registry.register("fresco", pipeline, tags)
-    return workspace.root
+    # Moved away, so that versions are found in the copies only.
+    return workspace.root.rename(workspace.root.with_name("moved"))
 
 
 @pytest.fixture
