@@ -19,6 +19,8 @@ from cluster.placement import PlacementSection
 if TYPE_CHECKING:
     from cluster.engine import EngineOptions
 
+STAYS_GATHERED = 10_000
+"""Parameters up to this size are whole on every worker under stage 3: gathering them costs more than it saves."""
 MAX_BUCKET = 50_000_000
 """Gradients reduced at a time by stages 1 and 2."""
 FITS = 0.6
@@ -83,8 +85,7 @@ def deepspeed_config(options: "EngineOptions", num_trained: int) -> dict[str, An
     stage, batch, placement = options.stage, options.batch, options.placement
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        # Small parameters stay gathered: for models below a billion parameters the gathers cost more than they save.
-        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch_bucket_size": 5_000_000}
+        zero |= {"stage3_param_persistence_threshold": STAYS_GATHERED, "stage3_prefetch_bucket_size": 5_000_000}
     if stage in (1, 2):
         # By default the bucket is allocated with room for 500 million gradients, 2 GB, in every step.
         zero |= {"overlap_comm": False, "reduce_bucket_size": min(num_trained, MAX_BUCKET)}

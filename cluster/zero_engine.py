@@ -30,6 +30,8 @@ class ZeroEngine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.sharded = options.stage > 0
+        if options.stage == 3:
+            _gather_embeddings_early(model)
         self.masters: list[Tensor] = self._find_masters()
         self.keeps_gradients = keeps_gradients(options)
         self._norm = torch.tensor(0.0)
@@ -172,6 +174,20 @@ class ZeroEngine:
             "gradients": tensor_bytes(gradients),
             "optimizer": tensor_bytes(state),
         }
+
+
+def _gather_embeddings_early(model: nn.Module) -> None:
+    """Have stage 3 gather the tables of a module of nothing but embeddings when that module is entered.
+
+    transformers' CLIP compares the length of a prompt with the shape of its position table before it calls the table,
+    which is when stage 3 would gather it: until then the shape is empty.
+    """
+    register = _import_deepspeed().zero.register_external_parameter
+    for module in model.modules():
+        parts = list(module.children())
+        if parts and all(isinstance(part, nn.Embedding) for part in parts):
+            for part in parts:
+                register(module, part.weight)
 
 
 def _import_deepspeed() -> Any:

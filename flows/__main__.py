@@ -52,10 +52,10 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Print one message for an error made on purpose, the whole trace for a bug; return the exit code."""
-    if "no space left" in str(error).lower() or "disk is full" in str(error).lower():
+    code = getattr(type(error), "exit_code", None)
+    if code is None and ("no space left" in str(error).lower() or "disk is full" in str(error).lower()):
         say(f"\nerror: the disk is full: {error}\nfree some space or choose another --workspace, then run it again")
         return 1
-    code = getattr(type(error), "exit_code", None)
     if code is None:
         traceback.print_exception(error)
         say("\nerror: this is a bug in Fresco; please report it with the trace above")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster import workers
+from cluster import workers, zero
 from cluster.checkpoints import CheckpointWriter
 from cluster.engine import MASTER, EngineOptions, make_engine
 from cluster.placement import PlacementSection, plan_batch
@@ -255,6 +255,8 @@ def run_rank(rank: int, world: int, directory: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     rendezvous = directory / f"rendezvous-{world}"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    # By default every parameter of these tiny models would stay gathered, and stage 3 would have nothing to do.
+    zero.STAYS_GATHERED = 100
     seen = {}
     if world == 2:
         for setup in TOGETHER:
