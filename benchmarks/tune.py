@@ -99,11 +99,16 @@ def compare(folder: Path, seed: int) -> dict[str, Any]:
 def course(results: dict[str, Any]) -> list[tuple[int, float]]:
     """(steps spent, best full-length loss known), from the order in which trials ran."""
     spent, best, found = 0, float("inf"), []
+    winner = results["best"]
     for trial in results["trials"]:
-        spent += trial["steps"]
-        if trial["steps"] == STEPS and trial["eval_loss"] is not None:
+        # A winner that had been stopped was continued after all others.
+        own = winner["continued_from"] if trial["run_id"] == winner["run_id"] else trial["steps"]
+        spent += own
+        if own == STEPS and trial["eval_loss"] is not None:
             best = min(best, trial["eval_loss"])
             found.append((spent, best))
+    if winner["continued_from"] < STEPS:
+        found.append((spent + STEPS - winner["continued_from"], min(best, winner["eval_loss"])))
     return found
 
 

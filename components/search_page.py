@@ -78,7 +78,11 @@ def _table(search: Search) -> str:
     head = ["trial", *(path.removeprefix("train.") for path in paths), "state", "steps", "loss"]
     lines = []
     for trial in sorted(search.trials, key=lambda one: (one.loss, one.number)):
-        reason = f"<small>{escape(trial.reason.splitlines()[0][:160])}</small>" if trial.reason else ""
+        reason = (
+            f'<small style="white-space: normal">{escape(trial.reason.splitlines()[0][:90])}</small>'
+            if trial.reason
+            else ""
+        )
         name = f"<b>{trial.number}</b>" if trial is search.best else str(trial.number)
         cells = [
             f"{name}<small>{escape(trial.run_id)}</small>",

@@ -127,12 +127,14 @@ def _finish_winner(config: Config, search: Search, crew: Crew) -> dict[str, Any]
             )
         if best.number in trained:
             return trained[best.number]
+        continued_from = best.steps
         say(f"trial {best.number} is the best so far (eval loss {best.loss:.5f} at step {best.steps})")
         try:
-            trained[best.number] = result = train(with_overrides(config, best.overrides), execute=crew.execute)
+            result = train(with_overrides(config, best.overrides), execute=crew.execute)
         except BAD_TRIAL as error:
             record.end(best, FAILED, f"{type(error).__name__}: {error}")
             continue
+        trained[best.number] = {**result, "continued_from": continued_from}
         record.report(best, result["steps"], result["eval_loss_last"])
         record.end(best, COMPLETE)
 
@@ -145,10 +147,11 @@ def _conclude(config: Config, search: Search, winner: dict[str, Any]) -> dict[st
         if read_record(workspace.run_dir(trial.run_id)) is None:
             for folder in ("checkpoints", "best"):
                 shutil.rmtree(workspace.run_dir(trial.run_id) / folder, ignore_errors=True)
+    won = {"eval_loss": winner["eval_loss_last"], "checkpoint": winner["checkpoint"]}
     results: dict[str, Any] = {
         "search": search.directory.name,
         "trials": [trial.row() for trial in record.trials],
-        "best": {**best.row(), "eval_loss": winner["eval_loss_last"], "checkpoint": winner["checkpoint"]},
+        "best": {**best.row(), **won, "continued_from": winner["continued_from"]},
         "steps": record.total_steps,
         "seconds": round(record.elapsed_s, 1),
         "seconds_between_trials": gaps(record, workspace.runs),
