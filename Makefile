@@ -11,7 +11,7 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test demo bench-train bench-tune bench-gate clean
+.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,9 +39,13 @@ format: $(STAMP)  ## repair what ruff can repair, and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: $(STAMP)  ## run every test
-	@echo "test: the whole suite on the CPU, without network; the slowest tests are listed at the end"
-	@$(BIN)/pytest --durations=15 --durations-min=1
+test: $(STAMP)  ## run the tests of every part
+	@echo "test: on the CPU, without network; the slowest tests are listed at the end"
+	@$(BIN)/pytest -m "not slow" --durations=15 --durations-min=1
+
+test-slow: $(STAMP)  ## run the tests that take minutes: searches on real workers, tracking servers, rehearsals
+	@echo "test-slow: searches that are killed and continued, tracking servers (PostgreSQL too), rehearsals"
+	@$(BIN)/pytest -m slow --durations=15 --durations-min=1
 
 demo: $(STAMP)  ## the whole story on the built-in data: train, measure, promote, serve, draw
 	@$(BIN)/fresco demo

@@ -14,6 +14,8 @@ from cluster.crew import Crew, is_out_of_memory
 from cluster.errors import StorageError, WorkerError
 from cluster.placement import PlacementSection
 
+pytestmark = pytest.mark.slow  # worker groups that live through several runs
+
 
 class TogetherError(RuntimeError):
     """Raised by every rank at the same place."""

@@ -20,6 +20,8 @@ from cluster.champion import move_champion, retire, roll_back, set_challenger, s
 from cluster.errors import RegistryError
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 
+pytestmark = pytest.mark.slow  # real servers, two of them over PostgreSQL
+
 START_LIMIT_S = 120
 POLL_S = 0.2
 

@@ -13,6 +13,8 @@ from cluster.telemetry import EVAL_LOSS
 from cluster.trials import Rules, run_trials
 from cluster.workers import rebuild
 
+pytestmark = pytest.mark.slow  # Ray Tune with real actors
+
 STEPS, EVERY = 18, 2
 # Trial by trial: how fast the loss falls. 99 fails, 0 reports a loss that is not a number.
 SPEEDS = (3.0, 1.0, 99.0, 0.5, 0.0, 4.0, 2.0)

@@ -13,7 +13,8 @@ from flows.config import Config
 from flows.models import resolve_model
 from flows.rehearse import APPLICATION, PROMPTS, largest_difference, rehearse
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
+# Slow: a replica of its own for each model.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")]
 
 
 def test_sound_model_answers_with_the_samplers_pictures_and_leaves_nothing_behind(

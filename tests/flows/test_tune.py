@@ -23,6 +23,8 @@ from flows import train, tune
 from flows.config import Config, load_config
 from flows.search_record import TRIALS, SearchRecord
 
+pytestmark = pytest.mark.slow  # whole searches on real workers, killed and continued
+
 STEPS, WAIT_S = 12, 240
 DENOISER = "train.learning_rate.denoiser"
 SPACE = f'{{train.freezing: {{choice: [denoiser, "lora:2"]}}, {DENOISER}: {{choice: [1.0e-3, 3.0e-3, 1.0e+30]}}}}'
