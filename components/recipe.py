@@ -129,7 +129,7 @@ class GateSection(Section):
     """Chance of finding what is there, behind every "so many pictures would decide"."""
     min_improvement: float = Field(0.01, ge=0, lt=1)
     """Share by which the loss on the new data must be lower, beyond doubt; smaller gains are not worth a swap."""
-    seed_spread: float = Field(0.01, ge=0, lt=1)
+    seed_spread: float = Field(0.03, ge=0, lt=1)
     """Standard deviation, as a share, of the loss between seeds of one recipe: `make bench-gate` measures it."""
     max_forgetting: float = Field(0.05, ge=0)
     """Share by which the loss on the champion's own test pictures may be higher."""
