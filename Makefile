@@ -44,7 +44,7 @@ test: $(STAMP)  ## run the tests of every part
 	@$(BIN)/pytest -m "not slow" --durations=15 --durations-min=1
 
 test-slow: $(STAMP)  ## run the tests that take minutes: searches on real workers, tracking servers, rehearsals
-	@echo "test-slow: searches that are killed and continued, tracking servers (PostgreSQL too), rehearsals"
+	@echo "test-slow: searches and runs that are killed and continued, tracking servers, rehearsals (about 10 minutes)"
 	@$(BIN)/pytest -m slow --durations=15 --durations-min=1
 
 demo: $(STAMP)  ## the whole story on the built-in data: train, measure, promote, serve, draw

@@ -33,7 +33,7 @@ def config_of(base: Path, workspace: Path) -> Config:
     )
 
 
-@pytest.mark.parametrize("family", ["tiny_base", "tiny_z_image"])
+@pytest.mark.parametrize("family", ["tiny_base", pytest.param("tiny_z_image", marks=pytest.mark.slow)])
 def test_family_goes_through_every_verb(
     family: str, request: pytest.FixtureRequest, ray_session: None, tmp_path: Path
 ) -> None:

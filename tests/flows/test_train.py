@@ -139,6 +139,7 @@ def test_killed_worker_restarts_the_group_and_changes_nothing(
     assert largest_difference(weights_of(result["checkpoint"]), weights_of(undisturbed["checkpoint"])) == 0.0
 
 
+@pytest.mark.slow
 def test_killed_driver_continues_on_another_placement(
     undisturbed: dict[str, Any], tiny_base: Path, encoded: Path
 ) -> None:
@@ -173,6 +174,7 @@ def test_cached_captions_train_like_live_ones_and_frozen_parts_stay(
     )
 
 
+@pytest.mark.slow
 def test_z_image_trains_adapters_under_zero_3(ray_session: None, tiny_z_image: Path, workspace: Path) -> None:
     result = train.run(
         config_of(tiny_z_image, workspace, "train.freezing=lora:4", "placement.zero_stage=3", "train.steps=12")
@@ -184,6 +186,7 @@ def test_z_image_trains_adapters_under_zero_3(ray_session: None, tiny_z_image: P
     assert not any("lora" in name for name, _ in parts.denoiser.named_parameters()), "the export is merged"
 
 
+@pytest.mark.slow
 def test_early_stop_exports_the_best_step(ray_session: None, tiny_base: Path, workspace: Path) -> None:
     stopping = (
         "train.patience=1",
@@ -204,6 +207,7 @@ def test_early_stop_exports_the_best_step(ray_session: None, tiny_base: Path, wo
     assert result["eval_loss_best"] <= result["eval_loss_last"]
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_before_the_weights_move(ray_session: None, tiny_base: Path, workspace: Path) -> None:
     wild = (
         "train.optimizer=sgd",
