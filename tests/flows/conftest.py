@@ -1,8 +1,10 @@
 """Finished runs with tiny real models, as `train` leaves them, for the verbs that come after it."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,8 +12,12 @@ from cluster.artifacts import open_workspace, write_record
 from cluster.errors import RegistryError
 from cluster.placement import ServeSection
 from cluster.registry import Registry
+from components.contrastive import make_tiny_clip, save_clip
+from components.emblems import example
 from components.models import make_tiny, model_fingerprint, save_parts
 from components.recipe import DataSection
+from components.tokenizer import make_clip_tokenizer
+from flows import prepare
 from flows.config import Config
 
 MakeRun = Callable[[str, int], Path]
@@ -25,6 +31,28 @@ def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         pipelines[seed] = tmp_path_factory.mktemp("tiny") / "pipeline"
         save_parts(make_tiny("stable_diffusion", seed=seed), pipelines[seed])
     return pipelines
+
+
+@pytest.fixture(scope="session")
+def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with random weights that reads emblem captions."""
+    directory = tmp_path_factory.mktemp("clip")
+    tokenizer = make_clip_tokenizer([example("base", 0, index)[1] for index in range(50)], 700, 32)
+    save_clip(make_tiny_clip(tokenizer, seed=0), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def examined_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are examined in this process instead of on Ray actors."""
+
+    def map_here(
+        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any
+    ) -> Iterator[Any]:
+        return map(make(job), blocks)
+
+    monkeypatch.setattr(prepare, "map_blocks", map_here)
+    monkeypatch.setattr(prepare, "local_session", lambda placement: nullcontext())
 
 
 @pytest.fixture(scope="session")

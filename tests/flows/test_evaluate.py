@@ -1,8 +1,6 @@
 """`evaluate` with tiny real models and drawn pictures: what it measures, keeps, compares and writes."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch
 from PIL import Image
 
 from cluster.artifacts import open_workspace, read_json, write_record
-from components.contrastive import make_tiny_clip, save_clip
 from components.emblems import example
 from components.encode import read_pictures
 from components.errors import InputError, NonFiniteError
@@ -21,32 +18,13 @@ from components.models import encode_images, encode_text, family_named, load_par
 from components.noise import validation_draws
 from components.objective import NUM_BANDS, make_objective, noised, timesteps_of
 from components.recipe import DataSection, EvaluateSection, ModelSection
-from components.tokenizer import make_clip_tokenizer
 from flows import drawing, evaluate, measure, prepare
 from flows.config import Config
 
 
-@pytest.fixture(scope="session")
-def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    tokenizer = make_clip_tokenizer([example("base", 0, index)[1] for index in range(50)], 700, 32)
-    save_clip(make_tiny_clip(tokenizer, seed=0), tokenizer, directory)
-    return directory
-
-
 @pytest.fixture
-def config(
-    config: Config, tiny_pipelines: dict[int, Path], clip_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> Config:
+def config(config: Config, tiny_pipelines: dict[int, Path], clip_directory: Path, examined_here: None) -> Config:
     """The flow tests' config with 80 drawn pictures, examined in this process instead of on Ray actors."""
-
-    def map_here(
-        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any
-    ) -> Iterator[Any]:
-        return map(make(job), blocks)
-
-    monkeypatch.setattr(prepare, "map_blocks", map_here)
-    monkeypatch.setattr(prepare, "local_session", lambda placement: nullcontext())
     sections = {
         "data": DataSection(source="emblems://base?count=80&seed=3", resolution_px=16, test_fraction=0.25),
         "model": ModelSection(base=str(tiny_pipelines[0]), clip=str(clip_directory)),

@@ -5,8 +5,7 @@ The rehearsal on the serving path has its own tests; here it is stood for, so th
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,10 @@ from cluster.registry import (
     TAG_SCORECARD,
     Registry,
 )
-from components.contrastive import make_tiny_clip, save_clip
-from components.emblems import example
 from components.errors import InputError
 from components.evidence import Served
 from components.models import load_parts, make_tiny, model_fingerprint, save_parts
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection
-from components.tokenizer import make_clip_tokenizer
 from flows import history, prepare, promote, rollback, status
 from flows.config import Config
 from flows.models import resolve_model
@@ -45,27 +41,9 @@ WORST, MIDDLE, BEST = 4.0, 2.0, 0.0
 """What the denoiser's last layer is multiplied by: a random prediction is the worse the larger it is."""
 
 
-@pytest.fixture(scope="module")
-def clip_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    tokenizer = make_clip_tokenizer([example("base", 0, index)[1] for index in range(50)], 700, 32)
-    save_clip(make_tiny_clip(tokenizer, seed=0), tokenizer, directory)
-    return directory
-
-
 @pytest.fixture
-def config(
-    config: Config, tiny_pipelines: dict[int, Path], clip_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> Config:
+def config(config: Config, tiny_pipelines: dict[int, Path], clip_directory: Path, examined_here: None) -> Config:
     """80 drawn pictures, examined in this process; a random CLIP, whose scores must not decide."""
-
-    def map_here(
-        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any
-    ) -> Iterator[Any]:
-        return map(make(job), blocks)
-
-    monkeypatch.setattr(prepare, "map_blocks", map_here)
-    monkeypatch.setattr(prepare, "local_session", lambda placement: nullcontext())
     sections = {
         "data": DataSection(source="emblems://base?count=80&seed=3", resolution_px=16, test_fraction=0.25),
         "model": ModelSection(base=str(tiny_pipelines[0]), clip=str(clip_directory)),

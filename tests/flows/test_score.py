@@ -1,9 +1,6 @@
 """From pictures to claims: a model that hands its training pictures back is found out; one that does not is not."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +24,7 @@ def encoder() -> ClipEncoder:
 
 
 @pytest.fixture
-def config(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
-    def map_here(
-        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any
-    ) -> Iterator[Any]:
-        return map(make(job), blocks)
-
-    monkeypatch.setattr(prepare, "map_blocks", map_here)
-    monkeypatch.setattr(prepare, "local_session", lambda placement: nullcontext())
+def config(config: Config, examined_here: None) -> Config:
     source = "emblems://base?count=300&seed=3"
     sections = {
         "data": DataSection(source=source, resolution_px=32, test_fraction=0.2, validation_fraction=0.2),
