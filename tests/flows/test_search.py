@@ -178,6 +178,24 @@ def test_every_trial_is_a_child_run_with_its_state(
         )
 
 
+def test_first_trial_is_the_configs_own_recipe(config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path) -> None:
+    search = search_of(config, inputs, crew)
+    go(search, tmp_path / "tune")
+    own = search.record.own()
+    assert own is search.record.trials[0] and own.overrides == {RATE: config.train.learning_rate.denoiser}
+    assert own.run_id == inputs.run_id(config), "what `fresco train` with the same config makes"
+    assert [trial.origin for trial in search.record.trials[1:]] == ["random"] * 6
+
+
+@pytest.mark.parametrize("change", [{"own_recipe": False}, {"space": {RATE: {"choice": [0.5, 0.6]}}}])
+def test_own_recipe_is_left_out_when_unwanted_or_outside_the_space(
+    config: Config, inputs: Inputs, crew: Pretended, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = config.model_copy(update={"search": config.search.model_copy(update=change)})
+    assert search_of(changed, inputs, crew).own == {}
+    assert ("does not hold the config's own value 0.002" in capsys.readouterr().err) == ("space" in change)
+
+
 def test_space_that_is_used_up_ends_the_search(config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path) -> None:
     larger = config.model_copy(update={"search": config.search.model_copy(update={"trials": 20})})
     search = search_of(larger, inputs, crew)
