@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from cluster.placement import PlacementSection
 from components.recipe import DataSection, LearningRate, ModelSection, TrainSection
+from components.search_space import SearchSection
 from flows.config import Config
 
 
@@ -11,10 +12,19 @@ def tiny_cpu() -> Config:
     """One laptop without a GPU: the embedded base learns the built-in drifted world; 2 workers, ZeRO 2."""
     return Config(
         train=TrainSection(
-            steps=900,
+            steps=600,
             # New words need their embeddings moved, and a model this small bears it.
             learning_rate=LearningRate(denoiser=2e-3, text_encoder=1e-3),
-            eval_every_steps=300,
+            eval_every_steps=60,
+        ),
+        search=SearchSection(
+            trials=6,
+            random_trials=2,
+            space={
+                "train.freezing": {"choice": ["denoiser", "denoiser_attention", "all", "lora:8"]},
+                "train.learning_rate.denoiser": {"loguniform": [3e-4, 1e-2]},
+                "train.learning_rate.text_encoder": {"loguniform": [1e-4, 1e-2]},
+            },
         ),
         placement=PlacementSection(workers=2, zero_stage=2),
     )
