@@ -136,7 +136,8 @@ def _finish_winner(config: Config, search: Search, crew: Crew) -> dict[str, Any]
         continued_from = best.steps
         say(f"trial {best.number} is the best so far (eval loss {best.loss:.5f} at step {best.steps})")
         try:
-            result = train(with_overrides(config, best.overrides), execute=crew.execute)
+            chosen = with_overrides(config, best.overrides)
+            result = tracked(lambda: train(chosen, execute=crew.execute))  # noqa: B023, called at once
         except BAD_TRIAL as error:
             record.end(best, FAILED, f"{type(error).__name__}: {error}")
             continue

@@ -1,7 +1,10 @@
 """The search between Tune and the runs, with a thread that pretends to train: what is recorded, told and continued."""
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from flows.search import Search
 from flows.search_record import UNFINISHED
 from flows.train import Inputs
 from flows.tune import check_space, search_fingerprint
+from tests.servers import free_port, mlflow_server
 
 RATE = "train.learning_rate.denoiser"
 
@@ -201,3 +205,49 @@ def test_space_that_is_used_up_ends_the_search(config: Config, inputs: Inputs, c
     search = search_of(larger, inputs, crew)
     go(search, tmp_path / "tune")
     assert len(search.record.trials) == 7
+
+
+@pytest.mark.slow  # a real tracking server, killed and started again
+def test_tracking_server_killed_in_mid_search_loses_and_doubles_nothing(
+    config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    port, store = free_port(), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"http://127.0.0.1:{port}"
+    placement = config.placement.model_copy(update={"tracking_uri": uri})
+    config = config.model_copy(update={"placement": placement})
+    with ExitStack() as servers:
+        process = servers.enter_context(mlflow_server(tmp_path, store, port))
+        search = search_of(config, inputs, crew)
+        reported, away = search.reported, threading.Event()
+
+        def kill_at_the_fourth(number: int, report: dict[str, Any]) -> None:
+            reported(number, report)
+            if search.record.total_steps > 16 and not away.is_set():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+                away.set()
+
+        search.reported = kill_at_the_fourth  # type: ignore[method-assign]
+        back = threading.Thread(
+            target=lambda: away.wait(120) and servers.enter_context(mlflow_server(tmp_path, store, port)), daemon=True
+        )
+        back.start()
+        go(search, tmp_path / "tune")
+        back.join(120)
+        assert away.is_set() and len(search.record.trials) == 7
+        for trial in search.record.trials:
+            assert search.track(trial), "the server is back"
+        client = MlflowClient(uri)
+        runs = client.search_runs([client.get_experiment_by_name(config.name).experiment_id])
+        children = [run for run in runs if telemetry.PARENT_TAG in run.data.tags]
+        assert len(runs) == len(children) + 1, "one parent"
+        assert sorted(run.info.run_name for run in children) == sorted(t.run_id for t in search.record.trials)
+        by_name = {run.info.run_name: run for run in children}
+        for trial in search.record.trials:
+            run = by_name[trial.run_id]
+            assert run.data.tags["fresco.state"] == trial.state
+            points = client.get_metric_history(run.info.run_id, telemetry.EVAL_LOSS)
+            told = [] if trial.state == FAILED else [step for step, _ in trial.reports]
+            assert sorted(point.step for point in points) == told
