@@ -47,7 +47,7 @@ class Search:
         self.error: Exception | None = None
         self.crew: Crew | None = None
         self.jobs: dict[int, Job] = {}
-        self._data: dict[bool, EncodedPaths] = {}
+        self._data = {with_text: self._encoded(with_text) for with_text in sorted(self._plans_with_text(space))}
         self._next = 0
         recipe = telemetry.flatten(config.model_dump(include={"train"}))
         family = str(family_of(inputs.base).__name__).rpartition(".")[2]
@@ -67,6 +67,15 @@ class Search:
 
     def _earlier(self, family: str) -> Iterator[Any]:
         return earlier_trials(self.inputs.workspace.searches, family, self.directory)
+
+    def _plans_with_text(self, space: list[Dimension]) -> set[bool]:
+        """Whether some plan of the search reads stored text states, and whether some plan does not."""
+        searched = next((one.choices for one in space if one.path == "train.freezing"), ())
+        return {not trains_text(plan) for plan in [*searched, self.config.train.freezing]}
+
+    def _encoded(self, with_text: bool) -> EncodedPaths:
+        """Encodings that trials share, made before worker groups take the CPUs that making them needs."""
+        return ensure_encoded(self.config, self.inputs.dataset, self.inputs.base, with_text)
 
     def _own_recipe(self, space: list[Dimension], recipe: dict[str, Any]) -> dict[str, Any]:
         """The first trial's overrides; empty when there is to be none, or the space does not hold it."""
@@ -193,10 +202,7 @@ class Search:
 
     def _open_job(self, trial: TrialRecord) -> Job:
         config = with_overrides(self.config, trial.overrides)
-        with_text = not trains_text(config.train.freezing)
-        if with_text not in self._data:
-            self._data[with_text] = ensure_encoded(config, self.inputs.dataset, self.inputs.base, with_text)
-        data = self._data[with_text]
+        data = self._data[not trains_text(config.train.freezing)]
         job = tracked(lambda: open_job(config, self.inputs, data, self.parent, pictures_at_end=True))
         # The base draws the same pictures in every trial: the first trial's serve all.
         target = job.directory / "samples" / FIRST_PICTURES

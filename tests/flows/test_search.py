@@ -20,6 +20,7 @@ from cluster.trials import run_trials
 from cluster.workers import named
 from components.dataset import DatasetVersion
 from components.errors import NonFiniteError
+from flows import search
 from flows.config import Config, load_config
 from flows.encode import EncodedPaths
 from flows.job import Job
@@ -97,6 +98,19 @@ def config(config: Config) -> Config:
     )
 
 
+@pytest.fixture(autouse=True)
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Which encodings were asked for; nothing is read by whoever pretends."""
+    asked: list[bool] = []
+
+    def none(config: Config, dataset: DatasetVersion, base: Path, with_text: bool) -> EncodedPaths:
+        asked.append(with_text)
+        return EncodedPaths({}, {}, Path())
+
+    monkeypatch.setattr(search, "ensure_encoded", none)
+    return asked
+
+
 @pytest.fixture
 def inputs(config: Config, tiny_base: Path) -> Inputs:
     workspace = open_workspace(config.workspace)
@@ -115,8 +129,6 @@ def search_of(config: Config, inputs: Inputs, crew: Pretended) -> Search:
     directory = inputs.workspace.searches / search_fingerprint(config, inputs)
     search = Search(config, check_space(config), inputs, directory)
     search.crew = crew.crew
-    nothing = EncodedPaths({}, {}, Path())
-    search._data = {True: nothing, False: nothing}  # nothing is read by whoever pretends
     return search
 
 
@@ -198,6 +210,18 @@ def test_own_recipe_is_left_out_when_unwanted_or_outside_the_space(
     changed = config.model_copy(update={"search": config.search.model_copy(update=change)})
     assert search_of(changed, inputs, crew).own == {}
     assert ("does not hold the config's own value 0.002" in capsys.readouterr().err) == ("space" in change)
+
+
+@pytest.mark.parametrize(
+    ("plans", "needed"), [(["all"], [False]), (["all", "lora:8"], [False, True]), (["denoiser"], [False, True])]
+)
+def test_encodings_of_every_plan_are_made_before_worker_groups_take_the_cpus(
+    config: Config, inputs: Inputs, crew: Pretended, encoded: list[bool], plans: list[str], needed: list[bool]
+) -> None:
+    assert config.train.freezing == "all"
+    space = {RATE: {"choice": [0.001]}, "train.freezing": {"choice": plans}}
+    search_of(config.model_copy(update={"search": config.search.model_copy(update={"space": space})}), inputs, crew)
+    assert encoded == needed
 
 
 def test_space_that_is_used_up_ends_the_search(config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path) -> None:
