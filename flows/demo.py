@@ -1,7 +1,7 @@
 """`fresco demo`: the whole story on the built-in data, each verb as a user would run it.
 
 The embedded base has learned one world of drawn emblems and begins as the champion. The demo searches for the recipe
-that best teaches it another (outlined hearts and stars in new colours), measures the winner, lets the gate decide
+that best teaches it another (outlined hearts and stars in new colours), lets the gate measure the winner and decide
 whether it replaces the base, serves the champion, and asks the endpoint for pictures. Then the base draws the same
 prompts with the same seeds, and both go into one picture.
 """
@@ -17,7 +17,7 @@ from cluster.artifacts import open_workspace
 from cluster.session import local_session
 from components.models import embedded_base
 from components.report import draw_grid
-from flows import evaluate, generate, prepare, promote, serve, tune
+from flows import generate, prepare, promote, serve, tune
 from flows.config import Config
 from flows.console import program, say, step
 
@@ -54,9 +54,7 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
         with stage("tune", f"search rates and freezing plans: {config.search.trials} trials, the best one to its end"):
             tuned = tune.run(config)
         best = tuned["best"]["run_id"]
-        with stage("evaluate", "measure the winner and the base on test captions"):
-            evaluated = evaluate.run(config, best)
-        with stage("promote", "ask the gate whether the winner replaces the champion"):
+        with stage("promote", "measure the winner beside the champion, and let the gate decide which one serves"):
             promoted = promote.run(config, best)
     with stage("serve", "serve the champion over HTTP"):
         served = serve.run(config, detach=True)
@@ -75,17 +73,17 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
         "pictures": [*after["files"], *before["files"]],
         "grid": str(grid),
         "search_report": tuned["report"],
-        "report": evaluated["report"],
+        "report": promoted["evaluation"],
         "decision_report": promoted["report"],
         "stages": stages,
     }
-    _farewell(config, found, evaluated["scorecard"], stop)
+    _farewell(config, found, promoted["scorecard"], stop)
     return found
 
 
 def plan(config: Config) -> list[str]:
     """Return the steps of the story; touches nothing."""
-    rest = "evaluate the winner, promote it if the gate lets it through, serve --detach, generate 8 prompts"
+    rest = "promote the winner if the gate lets it through, serve --detach, generate 8 prompts"
     return [*prepare.plan(config), "promote the base as the first champion", *tune.plan(config), rest]
 
 

@@ -194,7 +194,7 @@ def _promoted(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
-    result = _result(line, judged.version, move.champion, move.previous)
+    result = _result(line, judged.evaluated["scorecard"], judged.version, move.champion, move.previous)
     _tell(config, result)
     _retire(config, workspace, registry)
     return result
@@ -205,7 +205,7 @@ def _refused(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
-    result = _result(line, judged.version, champion, previous)
+    result = _result(line, judged.evaluated["scorecard"], judged.version, champion, previous)
     append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})
     _tell(config, result)
     return result
@@ -216,7 +216,8 @@ def _unchanged(config: Config, registry: Registry, champion: Version, evaluated:
     line = {"decision": "promote", "reasons": reasons, "report": evaluated["report"], "evaluation": evaluated["report"]}
     if not has_card(registry, champion):  # a crash came between the move and the card
         write_card(config, registry, champion, evaluated, ["see the journal: the card was written later"])
-    result = _result(line, champion, champion, registry.by_alias(config.name, PREVIOUS))
+    previous = registry.by_alias(config.name, PREVIOUS)
+    result = _result(line, evaluated["scorecard"], champion, champion, previous)
     _tell(config, result)
     return result
 
@@ -241,7 +242,11 @@ def _retire(config: Config, workspace: Workspace, registry: Registry) -> None:
 
 
 def _result(
-    line: dict[str, Any], version: Version, champion: Version | None, previous: Version | None
+    line: dict[str, Any],
+    scorecard: dict[str, Any],
+    version: Version,
+    champion: Version | None,
+    previous: Version | None,
 ) -> dict[str, Any]:
     versions = {"version": version, "champion": champion, "previous": previous}
     return {
@@ -252,6 +257,7 @@ def _result(
         **{key: entry.number if entry else None for key, entry in versions.items()},
         "report": line["report"],
         "evaluation": line["evaluation"],
+        "scorecard": scorecard,
     }
 
 
