@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from cluster.artifacts import Workspace
-from cluster.errors import RegistryError
+from cluster.errors import RegistryError, reason_of
 from cluster.lease import hold_lease
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Registry:
                     time.sleep(RETRY_AFTER_S * attempt)
                     continue
                 raise RegistryError(
-                    f"model registry expected to answer at {self.uri}, found: {str(error).splitlines()[0]}; check"
+                    f"model registry expected to answer at {self.uri}, found: {reason_of(error)}; check"
                     " placement.tracking_uri and the free space of the workspace"
                 ) from error
         raise AssertionError("unreachable")

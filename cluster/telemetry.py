@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import write_bytes_atomic, write_json_atomic
-from cluster.errors import TrackingError
+from cluster.errors import TrackingError, reason_of
 from cluster.workers import is_disk_full, read_lines
 
 TRAIN_LOSS, EVAL_LOSS, GRAD_NORM = "train/loss", "eval/loss", "train/grad_norm"
@@ -182,7 +182,7 @@ def _reaching(tracking_uri: str) -> Iterator[None]:
         if is_disk_full(error):
             raise
         raise TrackingError(
-            f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {str(error)[:300]}; start"
+            f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {reason_of(error)}; start"
             " it and run the same command again: finished work is kept"
         ) from error
 

@@ -89,12 +89,13 @@ class Search:
 
     def _open_parent(self) -> str:
         known = read_json(self.directory / "mlflow.json")
-        if known is not None and tracked(lambda: telemetry.run_exists(self.uri, known["run_id"])):
+        # A server that was never there is told at once; one that goes away in mid-search is waited for.
+        if known is not None and telemetry.run_exists(self.uri, known["run_id"]):
             return str(known["run_id"])
         params = {"dataset": self.inputs.dataset.id, **self.config.model_dump(exclude={"serve", "workspace"})}
         artifacts = self.inputs.workspace.root / "mlartifacts"
         name = f"search {self.directory.name}"
-        run_id = tracked(lambda: telemetry.start_run(self.uri, self.config.name, name, params, artifacts))
+        run_id = telemetry.start_run(self.uri, self.config.name, name, params, artifacts)
         write_json_atomic(self.directory / "mlflow.json", {"run_id": run_id})
         return run_id
 

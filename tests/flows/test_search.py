@@ -14,6 +14,7 @@ import pytest
 from cluster import telemetry
 from cluster.artifacts import open_workspace, read_json
 from cluster.crew import Crew
+from cluster.errors import TrackingError
 from cluster.exchange import ENDED, OVER, Exchange
 from cluster.proposals import COMPLETE, FAILED, STOPPED
 from cluster.trials import run_trials
@@ -229,6 +230,12 @@ def test_space_that_is_used_up_ends_the_search(config: Config, inputs: Inputs, c
     search = search_of(larger, inputs, crew)
     go(search, tmp_path / "tune")
     assert len(search.record.trials) == 7
+
+
+def test_tracking_server_that_was_never_there_is_told_at_once(config: Config, inputs: Inputs, crew: Pretended) -> None:
+    placement = config.placement.model_copy(update={"tracking_uri": f"http://127.0.0.1:{free_port()}"})
+    with pytest.raises(TrackingError, match=r"tracking server at .*, found: nothing answers there; start it"):
+        search_of(config.model_copy(update={"placement": placement}), inputs, crew)
 
 
 @pytest.mark.slow  # a real tracking server, killed and started again
