@@ -88,7 +88,8 @@ def _beside_own(search: Search) -> str:
 
 
 def _percent(change: float) -> str:
-    return f"{abs(change):.0%} {'below' if change < 0 else 'above'}"
+    digits = 1 if abs(change) < 0.01 else 0
+    return f"{abs(change):.{digits}%} {'below' if change < 0 else 'above'}"
 
 
 def _table(search: Search) -> str:

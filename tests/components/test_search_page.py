@@ -79,7 +79,10 @@ def test_lead_holds_the_best_against_the_own_recipe_at_equal_steps() -> None:
     trials = [search.trials[0], own, *search.trials[2:]]
     told = lead(replace(search, trials=trials))
     change = dict(search.best.curve)[10] / own.loss - 1
-    assert f"At step 10 it was {abs(change):.0%} {'below' if change < 0 else 'above'} the config's own recipe" in told
+    assert change < -0.01 and f"At step 10 it was {abs(change):.0%} below the config's own recipe" in told
+    close = replace(own, curve=[(10, dict(search.best.curve)[10] / 0.998)])
+    told = lead(replace(search, trials=[search.trials[0], close, *search.trials[2:]]))
+    assert "it was 0.2% below the config's own recipe" in told
     won = replace(search.best, origin=OWN)
     told = lead(replace(search, trials=[*search.trials, won], best=won))
     assert "the config's own recipe: no trial beat it" in told
