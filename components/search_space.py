@@ -164,6 +164,18 @@ def default_grace(steps: int, eval_every_steps: int) -> int:
     return min(steps, eval_every_steps * max(1, round(steps / 9 / eval_every_steps)))
 
 
+def expected_steps(search: SearchSection, steps: int, eval_every_steps: int) -> float:
+    """Return about how long a trial to come will be: under ASHA one in `reduction_factor` passes each rung."""
+    if search.scheduler != "asha":
+        return steps
+    rung = float(search.grace_steps or default_grace(steps, eval_every_steps))
+    expected, share, begin = 0.0, 1.0, 0.0
+    while begin < steps:
+        expected += share * (min(rung, steps) - begin)
+        begin, rung, share = rung, rung * search.reduction_factor, share / search.reduction_factor
+    return expected
+
+
 # What a key needs to have any effect: (paths it looks at, whether it matters given their values).
 NEEDED: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool]]] = {
     "train.learning_rate.text_encoder": (("train.freezing",), lambda values: trains_text(values["train.freezing"])),

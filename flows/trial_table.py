@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.workers import read_lines
+from components.search_space import expected_steps
 from flows.config import Config
 from flows.console import say
 from flows.search_record import RUNNING, SearchRecord, TrialRecord
@@ -88,17 +89,17 @@ class TrialTable:
         return max([trial.steps, *(int(line["step"]) for line in lines)])
 
     def _eta_text(self) -> str:
-        """Time left if the trials to come are as long as those that ended."""
+        """Time left if the trials at work run to their end and those to come are as long as the scheduler lets them."""
         done = self.record.total_steps - self._known
         if done <= 0:
             return ""
-        ended = [trial.steps for trial in self.record.trials if trial.state != RUNNING]
-        each = sum(ended) / len(ended) if ended else self.config.train.steps
-        expected = each * self.config.search.trials
-        if self.config.search.budget_steps:
-            expected = min(expected, self.config.search.budget_steps)
-        seconds = (time.monotonic() - self._began) / done * max(0.0, expected - self.record.total_steps)
-        return f"  about {seconds:.0f} s left"
+        search, train = self.config.search, self.config.train
+        running = sum(train.steps - trial.steps for trial in self.record.trials if trial.state == RUNNING)
+        each = expected_steps(search, train.steps, train.eval_every_steps)
+        left = running + (search.trials - len(self.record.trials)) * each
+        if search.budget_steps:
+            left = min(left, max(0, search.budget_steps - self.record.total_steps))
+        return f"  about {(time.monotonic() - self._began) / done * left:.0f} s left"
 
 
 def short(overrides: dict[str, Any]) -> str:

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from components.errors import InputError
-from components.search_space import DEFAULT_SPACE, SearchSection, default_grace, draw, own_recipe, parse_space
+from components.search_space import (
+    DEFAULT_SPACE,
+    SearchSection,
+    default_grace,
+    draw,
+    expected_steps,
+    own_recipe,
+    parse_space,
+)
 from flows.config import known_keys
 
 RECIPE = {
@@ -126,6 +134,13 @@ def test_what_cannot_be_searched_is_refused_with_the_reason(space: dict, message
     with pytest.raises(InputError, match=message) as caught:
         parse_space(space, known_keys())
     assert "\n" not in str(caught.value)
+
+
+def test_expected_steps_of_a_trial_follow_the_rungs() -> None:
+    search = SearchSection(grace_steps=75, reduction_factor=4)
+    assert expected_steps(search, 900, 75) == pytest.approx(75 + 225 / 4 + 600 / 16)
+    assert expected_steps(SearchSection(grace_steps=1000), 900, 75) == 900
+    assert expected_steps(SearchSection(scheduler="none"), 900, 75) == 900
 
 
 @pytest.mark.parametrize(("steps", "every", "grace"), [(900, 300, 300), (900, 50, 100), (10, 20, 10), (90, 10, 10)])
