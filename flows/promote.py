@@ -27,6 +27,7 @@ from components import decision_page
 from components.errors import NonFiniteError
 from components.evidence import Champion, Evidence, NewData
 from components.policy import Decision, decide
+from components.scorecard import SLICE
 from flows import evaluate
 from flows.config import Config
 from flows.console import program, say, step
@@ -168,7 +169,11 @@ def _line(config: Config, workspace: Workspace, judged: Judged, forced: bool) ->
         "model": judged.model.name,
         "run_id": judged.model.run_id,
         "dataset": judged.evaluated["dataset"],
-        "scorecard": {metric: card["value"] for metric, card in judged.evaluated["scorecard"].items()},
+        "scorecard": {
+            metric: card["value"]
+            for metric, card in judged.evaluated["scorecard"].items()
+            if not metric.startswith(SLICE)  # one for each kind of caption: the report has them
+        },
         "evaluation": judged.evaluated["report"],
         "gate": config.gate.model_dump(include={"significance", "min_improvement", "max_forgetting"}),
     }

@@ -136,6 +136,7 @@ def test_better_model_replaces_the_champion_with_its_numbers_in_the_journal(conf
     assert json.loads(page.with_suffix(".json").read_text())["checks"] == line["checks"]
     assert numbers["high"] < -0.01 and numbers["n"] == len(prepare.ensure_dataset(config).split("test"))
     assert line["scorecard"]["denoising_loss"] > 0 and line["dataset"] and line["run_id"] == "fresco-b"
+    assert not [metric for metric in line["scorecard"] if "_slice_" in metric], "the report has them"
     assert registry_of(config).by_number("fresco", 2).tags[TAG_PARENT] == "models:/fresco/1"
 
 
