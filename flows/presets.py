@@ -15,13 +15,12 @@ def tiny_cpu() -> Config:
             steps=900,
             # New words need their embeddings moved, and a model this small bears it.
             learning_rate=LearningRate(denoiser=2e-3, text_encoder=1e-3),
-            eval_every_steps=75,
+            eval_every_steps=50,
         ),
         search=SearchSection(
             trials=6,
             random_trials=2,
-            grace_steps=75,
-            reduction_factor=4,  # rungs at 75 and 300 steps: six trials in minutes
+            grace_steps=50,  # rungs at 50, 150 and 450 steps: six trials in minutes
             space={
                 "train.freezing": {"choice": ["denoiser", "denoiser_attention", "all", "lora:8"]},
                 "train.learning_rate.denoiser": {"loguniform": [3e-4, 1e-2]},
