@@ -58,6 +58,16 @@ class ServeSection(Section):
     max_queue: int = Field(16, ge=1)
     """Requests waiting for the denoiser; one more is answered 429 with Retry-After."""
     max_body_bytes: int = Field(1_000_000, ge=1024)
+    """Largest JSON body; a larger one is answered 413 before it is held in memory."""
+    max_upload_bytes: int = Field(20_000_000, ge=1024)
+    """Largest body of an edit: picture, mask and fields together."""
+    max_upload_pixels: int = Field(16_000_000, ge=256)
+    """Most pixels of a picture to edit, by its header: small files can hold enormous pictures."""
+    max_partial_images: int = Field(3, ge=0)
+    """Most unfinished pictures a stream may ask for; 3 is OpenAI's."""
+    max_deadline_s: float = Field(600.0, gt=0)
+    default_strength: float = Field(0.6, gt=0, le=1)
+    """How much of an edited picture is redrawn when the request does not say."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)

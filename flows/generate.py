@@ -146,7 +146,8 @@ def _local(config: Config, model: str) -> Any:
     painter = make_painter(**painter_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
 
     def draw(prompt: str, wish: Wish) -> Drawn:
-        from cluster.images_api import ApiError, ImagesRequest, make_rows
+        from cluster.api_errors import ApiError
+        from cluster.images_schema import ImagesRequest, make_rows
 
         try:
             rows = make_rows(ImagesRequest(**wish.body(prompt)), config.serve, painter.info())
