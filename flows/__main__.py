@@ -228,6 +228,16 @@ def generate(
 
 
 @verb
+def verify(
+    shared: Shared,
+    file: Annotated[str, typer.Argument(help="A PNG, JPEG or WebP file.")],
+    key: Annotated[str | None, typer.Option("--key", help="Public key to trust; default: the workspace's.")] = None,
+) -> None:
+    """Say whether FILE was drawn by this workspace's endpoint and is unchanged since."""
+    shared.run("verify", lambda flow, config: flow.run(config, file, key))
+
+
+@verb
 def status(shared: Shared) -> None:
     """Say what serves, why and since when."""
     shared.run("status", lambda flow, config: flow.run(config))
