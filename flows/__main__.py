@@ -228,6 +228,27 @@ def generate(
 
 
 @verb
+def load(
+    shared: Shared,
+    urls: Annotated[list[str], typer.Argument(help="One URL, or two to compare.")],
+    rate: Annotated[float, typer.Option("--rate", help="Requests a second, on average.")] = 1.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long requests arrive.")] = 60.0,
+    deadline: Annotated[float, typer.Option("--deadline", help="Seconds within which a picture counts.")] = 30.0,
+    sizes: Annotated[str, typer.Option("--sizes", help="WIDTHxHEIGHT or auto, with commas between.")] = "auto",
+    steps: Annotated[str, typer.Option("--steps", help="LOWEST-HIGHEST number of denoising steps.")] = "8-40",
+    seed: Annotated[int, typer.Option("--seed", help="Draws arrivals and requests.")] = 0,
+) -> None:
+    """Send the same random load to one endpoint or two: throughput, latency, errors, goodput. [FRESCO_API_KEY]"""
+
+    def call(flow: Any, config: Any) -> dict[str, Any]:
+        mix = flow.make_mix(rate, seconds, sizes, steps, seed)
+        result: dict[str, Any] = flow.run(config, urls, mix, deadline, api_key=os.environ.get("FRESCO_API_KEY"))
+        return result
+
+    shared.run("load", call)
+
+
+@verb
 def verify(
     shared: Shared,
     file: Annotated[str, typer.Argument(help="A PNG, JPEG or WebP file.")],
