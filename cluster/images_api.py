@@ -7,15 +7,17 @@ name and limit; nothing is silently ignored except the hints listed as without e
 import base64
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.requests import Request
 
 from cluster.api_errors import ApiError, ErrorBody, install_handlers, later
+from cluster.api_keys import ApiKey, open_keys
 from cluster.body_limit import BodyLimit, Limit
-from cluster.images_schema import ImagesRequest, ImagesResponse, Order, make_order
+from cluster.images_schema import MOST_PRIORITY, ImagesRequest, ImagesResponse, Order, make_order
 from cluster.painter_thread import PainterThread, QueueFullError
 from cluster.placement import ServeSection
 
@@ -39,13 +41,21 @@ def make_app(painter: PainterThread, limits: ServeSection, name: str) -> FastAPI
     uploads = {EDITS_ROUTE: Limit(limits.max_upload_bytes, "serve.max_upload_bytes")}
     app.add_middleware(BodyLimit, usual=Limit(limits.max_body_bytes, "serve.max_body_bytes"), of_path=uploads)
     install_handlers(app, ImagesRequest.model_fields)
+    keys = open_keys(limits)
+
+    def caller(request: Request) -> ApiKey | None:
+        return keys.admit(request.headers.get("authorization")) if keys else None
+
+    def reader(request: Request) -> None:
+        if keys:
+            keys.admit(request.headers.get("authorization"), counted=False)
 
     @app.post(GENERATIONS_ROUTE, responses=ANSWERS)
-    async def generate(body: ImagesRequest) -> JSONResponse:
+    async def generate(body: ImagesRequest, key: Annotated[ApiKey | None, Depends(caller)]) -> JSONResponse:
         _require_ready(painter)
         _check_model(body.model, name, painter.info)
         _refuse_what_is_not_drawn(body)
-        order = make_order(body, limits, painter.info)
+        order = make_order(body, limits, painter.info, key.priority if key else MOST_PRIORITY)
         try:
             drawn = await painter.draw(order.rows)
         except QueueFullError as error:
@@ -58,11 +68,11 @@ def make_app(painter: PainterThread, limits: ServeSection, name: str) -> FastAPI
     async def page() -> HTMLResponse:
         return HTMLResponse(TRY_PAGE.read_text(), headers={"Content-Security-Policy": PAGE_MAY_LOAD})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=[Depends(reader)])
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(name, painter.info)]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", dependencies=[Depends(reader)])
     async def model(model_id: str) -> dict[str, Any]:
         _check_model(model_id, name, painter.info)
         return _model_card(name, painter.info)

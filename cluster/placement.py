@@ -5,9 +5,10 @@ Light on purpose: importing it costs no torch and no ray.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cluster.errors import PlacementError
 
@@ -59,6 +60,8 @@ class ServeSection(Section):
     """Requests waiting for the denoiser; one more is answered 429 with Retry-After."""
     max_body_bytes: int = Field(1_000_000, ge=1024)
     """Largest JSON body; a larger one is answered 413 before it is held in memory."""
+    api_keys_file: str = ""
+    """YAML list of key hashes with names, rate limits and priorities; empty asks for no keys (this machine only)."""
     max_upload_bytes: int = Field(20_000_000, ge=1024)
     """Largest body of an edit: picture, mask and fields together."""
     max_upload_pixels: int = Field(16_000_000, ge=256)
@@ -71,6 +74,12 @@ class ServeSection(Section):
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        """Replicas run in folders of their own."""
+        return str(Path(path).expanduser().absolute()) if path else ""
 
 
 @dataclass(frozen=True)

@@ -198,9 +198,14 @@ def serve(
     shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End the detached endpoint of this workspace.")] = False,
+    new_key: Annotated[str, typer.Option("--new-key", help="Make an API key of this name, show it once, end.")] = "",
 ) -> None:
     """Serve the champion over HTTP in the shape of the OpenAI Images API; blocks until Ctrl-C."""
-    shared.run("serve", lambda flow, config: flow.run(config, detach=detach, stop=stop))
+
+    def call(flow: Any, config: Any) -> Any:
+        return flow.make_key(config, new_key) if new_key else flow.run(config, detach=detach, stop=stop)
+
+    shared.run("serve", call)
 
 
 @verb
