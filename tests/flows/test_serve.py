@@ -67,7 +67,7 @@ def test_other_machines_are_let_in_with_keys_only(config: Config, tmp_path: Path
     far = with_overrides(config, {"serve.host": "0.0.0.0"})
     with pytest.raises(PlacementError, match="without keys: anybody could draw"):
         serve.run(far)
-    with pytest.raises(PlacementError, match="--set serve.api_keys_file=FILE"):
+    with pytest.raises(PlacementError, match=r"--set serve\.api_keys_file=FILE"):
         serve.make_key(config, "studio")
     keyed = with_overrides(far, {"serve.api_keys_file": str(tmp_path / "keys.yaml")})
     made = serve.make_key(keyed, "studio")
