@@ -71,6 +71,12 @@ class ServeSection(Section):
     max_deadline_s: float = Field(600.0, gt=0)
     default_strength: float = Field(0.6, gt=0, le=1)
     """How much of an edited picture is redrawn when the request does not say."""
+    url_ttl_s: float = Field(3600.0, gt=0)
+    """How long a picture asked for with response_format=url is kept."""
+    url_max_bytes: int = Field(1_000_000_000, ge=1024)
+    """Of all kept pictures together; above it, those that expire first are removed first."""
+    public_url: str = ""
+    """Where clients reach the endpoint, for the addresses of pictures; empty: as the request says."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)
