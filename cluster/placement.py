@@ -77,6 +77,12 @@ class ServeSection(Section):
     """Of all kept pictures together; above it, those that expire first are removed first."""
     public_url: str = ""
     """Where clients reach the endpoint, for the addresses of pictures; empty: as the request says."""
+    capture_share: float = Field(0.2, ge=0, le=1)
+    """Share of requests whose features are kept for the monitor; 0 keeps none."""
+    capture_prompts: bool = False
+    """Keep prompts as text too, not as features alone."""
+    capture_max_bytes: int = Field(1_000_000_000, ge=1)
+    """Of all captured shards together; the oldest are removed first."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)
