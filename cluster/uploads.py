@@ -7,6 +7,7 @@ white. Without a mask, the picture's own transparent pixels are meant; without t
 
 import asyncio
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -45,12 +46,26 @@ class Upload:
     """Same size, mode L: 255 where the picture is drawn anew, 0 where it is kept; None redraws everything."""
 
 
+def describe_body() -> dict[str, Any]:
+    """Return what OpenAPI says of the body: the route reads it by hand, to stop at its limits."""
+    schema = EditsRequest.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    told = {
+        "image": {**file, "description": "PNG, JPEG or WebP"},
+        "mask": {**file, "description": "of the image's size; drawn anew where it is transparent, else where white"},
+    }
+    fields = {**schema, "properties": {**told, **schema["properties"]}, "required": ["image", "prompt"]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": fields}}}}
+
+
 async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsRequest, Upload]:
     """Read and check one edit's body; ApiError (400, 413, 415) names the field."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         message = f"Content-Type expected to be multipart/form-data with a file named image, found {kind or 'none'!r}"
         raise ApiError(message, code=STATUS_CODES[415], status=415)
+    # It writes a line for every damaged body, which anybody can send.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         form = await request.form(max_files=len(FILES) + 1, max_fields=MOST_FIELDS, max_part_size=limits.max_body_bytes)
     except HTTPException as error:

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from cluster.api_errors import ApiError, install_handlers
 from cluster.images_schema import EditsRequest
 from cluster.placement import ServeSection
-from cluster.uploads import Upload, make_upload, read_edit
+from cluster.uploads import Upload, describe_body, make_upload, read_edit
 
 LIMITS = ServeSection(max_upload_pixels=4096)
 ROUTE = "/v1/images/edits"
@@ -171,6 +171,13 @@ def test_wrong_part_is_named(files: Any, data: dict[str, Any], param: str | None
 def test_body_that_is_no_form_is_refused(kind: str, content: bytes, status: int) -> None:
     error = Edits().error(status, content=content, headers={"content-type": kind})
     assert error["type"] == "invalid_request_error"
+
+
+def test_openapi_describes_every_part() -> None:
+    content = describe_body()["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(content["properties"]) == {"image", "mask", *EditsRequest.model_fields}
+    assert content["required"] == ["image", "prompt"] and content["additionalProperties"] is False
+    assert "$defs" not in content, "references would lead outside of the document"
 
 
 @settings(max_examples=60, deadline=None)
