@@ -222,10 +222,10 @@ def generate(
     model: Annotated[str | None, typer.Option("--model", help="Draw here with MODEL instead of the endpoint.")] = None,
     url: Annotated[str | None, typer.Option("--url", help="Endpoint to ask; default: this workspace's.")] = None,
 ) -> None:
-    """Draw pictures: from the workspace's endpoint, or locally with --model."""
+    """Draw pictures: from the workspace's endpoint, or locally with --model. [FRESCO_API_KEY]"""
 
     def call(flow: Any, config: Any) -> dict[str, Any]:
-        wish = flow.Wish(n, seed, steps, guidance_scale, negative_prompt, size)
+        wish = flow.Wish(n, seed, steps, guidance_scale, negative_prompt, size, os.environ.get("FRESCO_API_KEY"))
         result: dict[str, Any] = flow.run(config, prompts, out, wish, model, url)
         return result
 

@@ -16,7 +16,7 @@ from components.errors import InputError
 from components.load_plan import Arrival, Mix, Outcome, draw_arrivals, summarise
 from flows.config import Config
 from flows.console import live, say, step
-from flows.generate import HERE
+from flows.generate import HERE, bearer
 
 LATE_S = 0.05
 """Requests that the generator sent later than this make its numbers doubtful."""
@@ -43,13 +43,12 @@ def run(
         )
     images = sum(arrival.body["n"] for arrival in arrivals)
     say(f"{len(arrivals)} requests for {images} pictures in {mix.duration_s:g} s, seed {mix.seed}")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     results = []
     for url in urls:
         step(f"load on {url}")
         address = str(url).rstrip("/").removesuffix("/v1") + ROUTE
         start = time.monotonic()
-        outcomes = asyncio.run(send_all(address, arrivals, timeout_s, headers))
+        outcomes = asyncio.run(send_all(address, arrivals, timeout_s, bearer(api_key)))
         results.append({"url": url, **summarise(outcomes, time.monotonic() - start, deadline_s)})
         _refuse_silence(url, outcomes)
         _say_result(results[-1])

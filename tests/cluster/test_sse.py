@@ -36,6 +36,7 @@ def served(make_events: Callable[[], AsyncIterator[bytes]]) -> Iterator[openai.O
 
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
