@@ -47,7 +47,7 @@ test-slow: $(STAMP)  ## run the tests that take minutes: searches on real worker
 	@echo "test-slow: searches and runs that are killed and continued, tracking servers, rehearsals (about 10 minutes)"
 	@$(BIN)/pytest -m slow --durations=15 --durations-min=1
 
-demo: $(STAMP)  ## the whole story on the built-in data: train, measure, promote, serve, draw
+demo: $(STAMP)  ## the whole story on the built-in data: search, measure, gate, serve, draw
 	@$(BIN)/fresco demo
 
 bench-train: $(STAMP)  ## training speed beside a plain loop, and ZeRO memory beside the formula

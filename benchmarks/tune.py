@@ -66,6 +66,7 @@ def make_config(folder: Path, sampler: str, seed: int) -> Config:
         "search.trials": MORE_TRIALS if smart else TRIALS,
         "search.budget_steps": TRIALS * STEPS,
         "search.grace_steps": EVERY,
+        "search.own_recipe": False,
         "search.warm_start": False,
         "search.concurrent": 1,
     }

@@ -51,7 +51,7 @@ class Proposer:
         return overrides
 
     def repeat(self, number: int, overrides: Mapping[str, Any]) -> None:
-        """Have trial `number` again as it was proposed by an earlier command."""
+        """Make trial `number` one with these overrides: proposed by an earlier command, or given."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._study.enqueue_trial(dict(overrides))

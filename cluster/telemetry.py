@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,10 @@ class RunLog:
         """Have the numbers of a line sent to MLflow at the next `flush`."""
         from mlflow.entities import Metric
 
-        now_ms = int(time.time() * 1000)
+        # The line's own time: a point that is sent twice is one point to MLflow.
+        line_ms = int(line["time_s"] * 1000)
         self._pending += [
-            Metric(key, float(value), now_ms, int(line.get("step", 0)))
+            Metric(key, float(value), line_ms, int(line.get("step", 0)))
             for key, value in line.items()
             if "/" in key and isinstance(value, int | float) and math.isfinite(value)
         ]
@@ -99,85 +102,89 @@ def start_run(
 ) -> str:
     """Create an MLflow run with flattened params and the code's commit, under the run `parent`; return its id."""
     from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
 
     client = _client(tracking_uri)
-    try:
-        found = client.get_experiment_by_name(experiment)
-    except MlflowException as error:
-        raise TrackingError(_away(tracking_uri, error)) from error
-    if found is None:
-        location = artifacts.as_uri() if tracking_uri.startswith("sqlite:") else None
-        experiment_id = client.create_experiment(experiment, artifact_location=location)
-    else:
-        experiment_id = found.experiment_id
     tags = {"fresco.run_id": name, "fresco.commit": code_commit()}
     if parent:
         tags[PARENT_TAG] = parent
-    run = client.create_run(experiment_id, run_name=name, tags=tags)
-    run_id: str = run.info.run_id
     flat = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in flatten(params).items()]
-    for start in range(0, len(flat), PARAMS_AT_ONCE):
-        client.log_batch(run_id, params=flat[start : start + PARAMS_AT_ONCE])
+    with _reaching(tracking_uri):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            location = artifacts.as_uri() if tracking_uri.startswith("sqlite:") else None
+            experiment_id = client.create_experiment(experiment, artifact_location=location)
+        else:
+            experiment_id = found.experiment_id
+        run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        for start in range(0, len(flat), PARAMS_AT_ONCE):
+            client.log_batch(run_id, params=flat[start : start + PARAMS_AT_ONCE])
     return run_id
 
 
 def end_run(tracking_uri: str, run_id: str, status: str) -> None:
-    """Set the MLflow run's final state: FINISHED, FAILED or KILLED."""
-    _client(tracking_uri).set_terminated(run_id, status)
+    """Set the MLflow run's final state: FINISHED, FAILED or KILLED; TrackingError when the server is away."""
+    with _reaching(tracking_uri):
+        _client(tracking_uri).set_terminated(run_id, status)
 
 
 def try_end_run(tracking_uri: str, run_id: str, status: str, tags: dict[str, str], metrics: dict[str, float]) -> bool:
     """Set an MLflow run's final state, tags and metrics; False when the tracking server is away."""
     from mlflow.entities import Metric, RunTag
-    from mlflow.exceptions import MlflowException
 
     now_ms = int(time.time() * 1000)
     try:
-        _client(tracking_uri).log_batch(
-            run_id,
-            metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items() if math.isfinite(value)],
-            tags=[RunTag(key, value) for key, value in tags.items()],
-        )
-        _client(tracking_uri).set_terminated(run_id, status)
-    except MlflowException:
+        with _reaching(tracking_uri):
+            _client(tracking_uri).log_batch(
+                run_id,
+                metrics=[Metric(key, value, now_ms, 0) for key, value in metrics.items() if math.isfinite(value)],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+            _client(tracking_uri).set_terminated(run_id, status)
+    except TrackingError:
         return False
     return True
 
 
 def check_tracking(tracking_uri: str) -> None:
     """TrackingError when the tracking server cannot be reached."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with _reaching(tracking_uri):
         _client(tracking_uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise TrackingError(_away(tracking_uri, error)) from error
 
 
 def attach(tracking_uri: str, run_id: str, path: Path) -> None:
-    """Attach a file to an MLflow run."""
-    _client(tracking_uri).log_artifact(run_id, str(path))
-
-
-def _away(tracking_uri: str, error: Exception) -> str:
-    return (
-        f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {str(error)[:300]}; start it"
-        " and run the same command again: finished work is kept"
-    )
+    """Attach a file to an MLflow run; TrackingError when the server is away."""
+    with _reaching(tracking_uri):
+        _client(tracking_uri).log_artifact(run_id, str(path))
 
 
 def run_exists(tracking_uri: str, run_id: str) -> bool:
     """Whether the tracking server knows the run."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        _client(tracking_uri).get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+    with _reaching(tracking_uri):
+        try:
+            _client(tracking_uri).get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             return False
-        raise TrackingError(_away(tracking_uri, error)) from error
     return True
+
+
+@contextmanager
+def _reaching(tracking_uri: str) -> Iterator[None]:
+    """Say of whatever a tracking server refuses, or does not answer, what to do."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        if is_disk_full(error):
+            raise
+        raise TrackingError(
+            f"placement.tracking_uri expected a tracking server at {tracking_uri!r}, found: {str(error)[:300]}; start"
+            " it and run the same command again: finished work is kept"
+        ) from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,7 +53,11 @@ def make_page(
             f" The lines put the model (above) and {evaluation.other} (below) on one scale; a coloured difference is"
             " clear of 0."
         )
-    sections = [section("In short", in_short, tiles(main)), _pictures(evaluation), *_loss(evaluation, curves)]
+    sections = [
+        section("In short", in_short, tiles(main, evaluation.labels[1])),
+        _pictures(evaluation),
+        *_loss(evaluation, curves),
+    ]
     table_note = "Every metric, with the number of items behind it."
     if evaluation.base:
         table_note += (

@@ -212,6 +212,7 @@ def check_coverage(scores: Scores | None, gate: GateSection) -> Check:
         f"coverage changes by {middle:+.2f} ({low:+.2f} to {high:+.2f}; a fall by {gate.max_coverage_drop:.2f} rejects)"
     )
     numbers: dict[str, float | int | None] = {"change": middle, "low": low, "high": high, "n": ours.n}
+    numbers["allowed"] = gate.max_coverage_drop
     return Check(COVERAGE, outcome, told + (": it collapsed" if outcome == "fail" else ""), numbers)
 
 

@@ -65,25 +65,25 @@ def section(title: str, note: str, *bodies: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n<p>{escape(note)}</p>\n" + "\n".join(bodies) + "\n</section>"
 
 
-def tiles(rows: Sequence[MetricRow]) -> str:
+def tiles(rows: Sequence[MetricRow], base: str = "base") -> str:
     """The metrics that matter most, large, each with its interval drawn beside the base's."""
-    return f'<div class="tiles">{"".join(_tile(row) for row in rows)}</div>'
+    return f'<div class="tiles">{"".join(_tile(row, base) for row in rows)}</div>'
 
 
-def _tile(row: MetricRow) -> str:
+def _tile(row: MetricRow, base: str) -> str:
     value, low, high = rounded(row.model)
     drawn = whiskers(_triple(row.model), _triple(row.base) if row.base else None)
     return (
         f'<div class="tile"><span class="name">{escape(row.name)}</span><span class="value">{value}</span>'
-        f'<span class="range">{low} to {high}</span>{drawn}<span class="change">{_compared(row)}</span></div>'
+        f'<span class="range">{low} to {high}</span>{drawn}<span class="change">{_compared(row, base)}</span></div>'
     )
 
 
-def _compared(row: MetricRow) -> str:
+def _compared(row: MetricRow, name: str) -> str:
     """One line under a number: what the base has, and whether the paired difference is clear of zero."""
     if row.base is None:
         return escape(row.note)
-    base = f"base {rounded(row.base)[0]}"
+    base = f"{escape(name)} {rounded(row.base)[0]}"
     if row.change is None:
         return base
     return f'{base}, <span class="{_verdict(row)}">{_signed(row.change)}</span>'

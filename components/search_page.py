@@ -14,9 +14,10 @@ from PIL import Image
 
 from components.report import folded, notes, page, plot, plots, section, sheet
 from components.search_plots import plot_cost, plot_importance, plot_rates, plot_trial_curves
-from components.search_results import Trial, common_step, importance, losses_at
+from components.search_results import OWN, Trial, at_equal_steps, common_step, importance, losses_at
 
 MAX_SHEETS = 12
+ORIGINS = {OWN: "own recipe", "random": "chance", "tpe": "TPE", "evolution": "evolution"}
 EXPLAINED = {
     "loss": "The deterministic validation loss of the averaged weights: same pictures, timesteps and noise for every"
     " trial, so differences are the recipe's.",
@@ -24,6 +25,7 @@ EXPLAINED = {
     " become.",
     "importance": "The share of the variance of the losses' ranks that a key explains alone, less what it would explain"
     " of shuffled ranks. Keys act together: the shares need not add up to 1.",
+    "own recipe": "The config as it was given, tried first: what the search has to beat.",
     "winner": "The trial with the lowest loss, continued to its full length: a trial runs on the full schedule from its"
     " first step, so its end is what fresco train with the same overrides gives.",
 }
@@ -67,15 +69,31 @@ def lead(search: Search) -> str:
     first = search.best.curve[0][1]
     change = search.best.loss / first - 1
     return (
-        f"Trial {search.best.number} won with {recipe}: validation loss {search.best.loss:.5f}, {abs(change):.0%}"
-        f" {'below' if change < 0 else 'above'} its start. {len(search.trials)} trials took {spent} steps,"
+        f"Trial {search.best.number} won with {recipe}: validation loss {search.best.loss:.5f}, {_percent(change)} its"
+        f" start.{_beside_own(search)} {len(search.trials)} trials took {spent} steps,"
         f" {spent / full:.0%} of what running all of them to the end would have taken."
     )
 
 
+def _beside_own(search: Search) -> str:
+    """A sentence on the config's own recipe, where it was tried."""
+    own = next((trial for trial in search.trials if trial.origin == OWN), None)
+    if own is search.best:
+        return " It is the config's own recipe: no trial beat it."
+    pair = at_equal_steps(own.curve, search.best.curve) if own and math.isfinite(own.loss) else None
+    if pair is None:
+        return ""
+    step, theirs, ours = pair
+    return f" At step {step} it was {_percent(ours / theirs - 1)} the config's own recipe ({theirs:.5f})."
+
+
+def _percent(change: float) -> str:
+    return f"{abs(change):.0%} {'below' if change < 0 else 'above'}"
+
+
 def _table(search: Search) -> str:
     paths = list(dict.fromkeys(path for trial in search.trials for path in trial.overrides))
-    head = ["trial", *(path.removeprefix("train.") for path in paths), "state", "steps", "loss"]
+    head = ["trial", "drawn by", *(path.removeprefix("train.") for path in paths), "state", "steps", "loss"]
     lines = []
     for trial in sorted(search.trials, key=lambda one: (one.loss, one.number)):
         reason = (
@@ -86,6 +104,7 @@ def _table(search: Search) -> str:
         name = f"<b>{trial.number}</b>" if trial is search.best else str(trial.number)
         cells = [
             f"{name}<small>{escape(trial.run_id)}</small>",
+            escape(ORIGINS.get(trial.origin, trial.origin)),
             *(_value(trial.overrides.get(path, "")) for path in paths),
             f"{escape(trial.state)}{reason}",
             str(trial.steps),

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from components.plots import ACCENT, INK, LINE, OTHER, SOFT, make_figure, to_svg
 from components.search_results import Trial
 
 MARKERS = "osD^vPX*<>"
 PLAN = "train.freezing"
+WIDE = 300  # rates that span more than this factor are marked at powers of ten alone
 
 
 def plot_trial_curves(trials: Sequence[Trial], best: Trial) -> str:
@@ -64,6 +65,9 @@ def plot_rates(trials: Sequence[Trial], best: Trial, path: str, losses: Sequence
         axes.plot(trial.overrides[path], loss, color=colour, marker=marker, linestyle="none", markersize=7)
         shown.append(loss)
     axes.set_xscale("log")
+    drawn = [trial.overrides[path] for trial in trials if path in trial.overrides]
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(drawn) / min(drawn) < WIDE else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_rate))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(path.removeprefix("train."), color=SOFT, fontsize=10.5)
     _clip_outliers(axes, shown)
@@ -100,6 +104,12 @@ def plot_cost(trials: Sequence[Trial], best: Trial, total_steps: int) -> str:
     axes.set_xlabel("optimizer steps spent on all trials", color=SOFT, fontsize=10.5)
     _clip_outliers(axes, ends)
     return to_svg(figure)
+
+
+def _rate(value: float, _place: int) -> str:
+    """A rate as people type it: 5e-4."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _clip_outliers(axes: Axes, losses: Sequence[float]) -> None:

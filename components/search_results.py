@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+Curve = Sequence[tuple[int, float]]  # (step, validation loss), by step
+OWN = "own"  # origin of the trial that is the config's own recipe
 SHUFFLES = 200
 MIN_TRIALS = 5  # fewer say nothing about importance
 
@@ -23,9 +25,11 @@ class Trial:
     run_id: str
     overrides: Mapping[str, Any]
     state: str
-    curve: Sequence[tuple[int, float]]
-    """(step, validation loss), by step; empty for a trial that failed at once."""
+    curve: Curve
+    """Empty for a trial that failed at once."""
     reason: str = ""
+    origin: str = ""
+    """OWN, or who drew it."""
 
     @property
     def steps(self) -> int:
@@ -47,6 +51,13 @@ def losses_at(trials: Sequence[Trial], step: int) -> np.ndarray:
     return np.array(
         [dict(trial.curve).get(step, math.inf) if trial.state != "failed" else math.inf for trial in trials]
     )
+
+
+def at_equal_steps(one: Curve, other: Curve) -> tuple[int, float, float] | None:
+    """Return the last step at which both were measured, with both losses; None when there is none."""
+    ours, theirs = dict(one), dict(other)
+    step = max(ours.keys() & theirs.keys(), default=None)
+    return None if step is None else (step, ours[step], theirs[step])
 
 
 def importance(trials: Sequence[Trial]) -> dict[str, float]:

@@ -45,8 +45,10 @@ class SearchSection(Section):
     """Who proposes: tpe learns from the losses, random does not, evolution breeds from the best (NSGA-II)."""
     scheduler: Literal["asha", "median", "none"] = "asha"
     """Who stops trials early: successive halving, the median of the earlier ones at the same step, nobody."""
+    own_recipe: bool = True
+    """The first trial is the config's own recipe: what the search has to beat. Off: only drawn ones."""
     random_trials: int = Field(4, ge=0)
-    """So many first trials are drawn at random, whatever the sampler."""
+    """So many trials after it are drawn at random, whatever the sampler."""
     warm_start: bool = True
     """Let the sampler learn from earlier searches of this workspace on the same family of models."""
     grace_steps: int = Field(0, ge=0)
@@ -98,6 +100,10 @@ class Dimension:
             return list(self.choices)
         return [int(self.low), int(self.high)] if self.kind == "int" else [self.low, self.high]
 
+    def holds(self, value: Any) -> bool:
+        """Whether the dimension could have drawn the value."""
+        return value in self.choices if self.kind == "choice" else self.low <= value <= self.high
+
 
 class Suggest(Protocol):
     """Draws one value; the three calls of an Optuna trial."""
@@ -137,6 +143,20 @@ def draw(space: Sequence[Dimension], values: Mapping[str, Any], suggest: Suggest
             value = suggest.suggest_float(one.path, one.low, one.high, log=one.kind == "loguniform")
             drawn[one.path] = min(max(float(f"{value:.{DIGITS}g}"), one.low), one.high)
     return drawn
+
+
+def own_recipe(space: Sequence[Dimension], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe's own values of what is searched, as `draw` would; InputError names one outside the space."""
+    own: dict[str, Any] = {}
+    for one in space:
+        if _applies(one, {**values, **own}):
+            if not one.holds(values[one.path]):
+                raise InputError(
+                    f"search.space {one.path} does not hold the config's own value {values[one.path]!r}"
+                    f" ({list(one.choices) or [one.low, one.high]})"
+                )
+            own[one.path] = values[one.path]
+    return own
 
 
 def default_grace(steps: int, eval_every_steps: int) -> int:

@@ -135,7 +135,7 @@ def demo(
     shared: Shared,
     stop: Annotated[bool, typer.Option("--stop", help="End the endpoint when the story is told.")] = False,
 ) -> None:
-    """Tell the whole story on the built-in data: fine-tune, measure, promote, serve, draw."""
+    """Tell the whole story on the built-in data: search for the recipe, measure, gate, serve, draw."""
     shared.run("demo", lambda flow, config: flow.run(config, stop=stop))
 
 

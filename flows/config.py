@@ -154,5 +154,6 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"config key {path!r} is unknown; nearest key: {near[0]!r}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"config {path}: {message} (found {problem['input']!r})")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            lines.append(f"config {path}: {message}{found}")
     return "\n".join(lines)

@@ -1,14 +1,14 @@
 """`fresco demo`: the whole story on the built-in data, each verb as a user would run it.
 
-The embedded base has learned one world of drawn emblems. The demo fine-tunes it on another (outlined hearts and stars
-in new colours), measures both, makes the result the champion, serves it, and asks the endpoint for pictures. Then the
-base draws the same prompts with the same seeds, and both go into one picture.
+The embedded base has learned one world of drawn emblems and begins as the champion. The demo searches for the recipe
+that best teaches it another (outlined hearts and stars in new colours), lets the gate measure the winner and decide
+whether it replaces the base, serves the champion, and asks the endpoint for pictures. Then the base draws the same
+prompts with the same seeds, and both go into one picture.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -17,7 +17,7 @@ from cluster.artifacts import open_workspace
 from cluster.session import local_session
 from components.models import embedded_base
 from components.report import draw_grid
-from flows import evaluate, generate, prepare, promote, serve, train
+from flows import generate, prepare, promote, serve, tune
 from flows.config import Config
 from flows.console import program, say, step
 
@@ -49,55 +49,67 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
     with local_session(config.placement):
         with stage("prepare", "draw, validate, split and encode captioned pictures of a world the base never saw"):
             prepare.run(config)
-        with stage("train", f"fine-tune the base for {config.train.steps} steps on {config.placement.workers} workers"):
-            trained = train.run(config)
-    with stage("evaluate", "measure the fine-tuned model and the base on test captions"):
-        evaluated = evaluate.run(config, trained["run_id"])
-    with stage("promote", "register it and make it the champion"):
-        promoted = promote.run(config, trained["run_id"])
+        with stage("champion", "make the base the first champion: what comes has to beat it"):
+            promote.run(config, str(embedded_base()))
+        with stage("tune", f"search rates and freezing plans: {config.search.trials} trials, the best one to its end"):
+            tuned = tune.run(config)
+        best = tuned["best"]["run_id"]
+        with stage("promote", "measure the winner beside the champion, and let the gate decide which one serves"):
+            promoted = promote.run(config, best)
     with stage("serve", "serve the champion over HTTP"):
         served = serve.run(config, detach=True)
     with stage("generate", "ask the endpoint for pictures, and the base for the same prompts and seeds"):
         folder = workspace.root / "pictures"
         after = generate.run(config, PROMPTS, str(folder / "champion"), generate.Wish(seed=SEED))
         before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
-    grid = folder / "before-after.png"
-    pairs = [
-        [Image.open(first).convert("RGB"), Image.open(second).convert("RGB")]
-        for first, second in zip(before["files"], after["files"], strict=True)
-    ]
-    version = promoted["version"]
-    draw_grid(pairs, PROMPTS, ("base", f"version {version}")).save(grid)
+        grid = folder / "before-after.png"
+        _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
     if stop:
         serve.run(config, stop=True)
-    _farewell(config, served["url"], grid, str(version), evaluated, stop)
-    return {
-        "champion": version,
+    found = {
+        "champion": promoted["champion"],
+        "decision": promoted["decision"],
         "url": served["url"],
         "pictures": [*after["files"], *before["files"]],
         "grid": str(grid),
-        "report": evaluated["report"],
+        "search_report": tuned["report"],
+        "report": promoted["evaluation"],
+        "decision_report": promoted["report"],
         "stages": stages,
     }
+    _farewell(config, found, promoted["scorecard"], stop)
+    return found
 
 
 def plan(config: Config) -> list[str]:
     """Return the steps of the story; touches nothing."""
-    return [*prepare.plan(config), *train.plan(config), "evaluate, promote, serve --detach, generate 8 prompts"]
+    rest = "promote the winner if the gate lets it through, serve --detach, generate 8 prompts"
+    return [*prepare.plan(config), "promote the base as the first champion", *tune.plan(config), rest]
 
 
-def _farewell(config: Config, url: str, grid: Path, version: str, evaluated: dict[str, Any], stopped: bool) -> None:
-    adherence = evaluated["scorecard"].get("prompt_adherence")
+def _draw_pairs(before: Sequence[str], after: Sequence[str], name: str) -> Image.Image:
+    pairs = [
+        [Image.open(path).convert("RGB") for path in (first, second)]
+        for first, second in zip(before, after, strict=True)
+    ]
+    return draw_grid(pairs, PROMPTS, ("base", name))
+
+
+def _farewell(config: Config, found: dict[str, Any], scorecard: dict[str, Any], stopped: bool) -> None:
     step("demo: done")
+    adherence = scorecard.get("prompt_adherence")
     if adherence is not None:
         say(
             f"prompt adherence on new captions: {adherence['value']:.0%}"
             f" ({adherence['low']:.0%} to {adherence['high']:.0%}, {adherence['n']} pictures)"
         )
     where = "" if config.workspace == Config().workspace else f" --workspace {config.workspace}"
-    say(f"before and after: {grid}")
-    say(f"report:           {evaluated['report']}")
-    say(f"champion:         models:/{config.name}/{version}")
+    url = found["url"]
+    say(f"before and after: {found['grid']}")
+    say(f"the search:       {found['search_report']}")
+    say(f"the comparison:   {found['report']}")
+    say(f"the decision:     {found['decision_report']}")
+    say(f"champion:         models:/{config.name}/{found['champion']} ({found['decision']})")
     if stopped:
         say(f"the endpoint {url} was ended\nnext: {program()} serve{where}")
         return

@@ -230,4 +230,5 @@ def _paired(change: dict[str, Any]) -> Paired:
 
 def _result(record: dict[str, Any], paths: dict[str, Path]) -> dict[str, Any]:
     numbers = {key: record[key] for key in ("model", "against", "dataset", "scorecard", "not_measured", "change")}
-    return {**numbers, "report": str(paths["html"]), "grid": str(paths["png"])}
+    other = {"other_scorecard": record["base_scorecard"]}
+    return {**numbers, **other, "report": str(paths["html"]), "grid": str(paths["png"])}

@@ -43,9 +43,9 @@ class Contest:
 
 
 def gather(
-    config: Config, workspace: Workspace, contest: Contest, served: Served, scorecard: dict[str, Any]
+    config: Config, workspace: Workspace, contest: Contest, served: Served, evaluated: dict[str, Any]
 ) -> Evidence:
-    """Measure what the gate asks about; `scorecard` is the candidate's on its data."""
+    """Measure what the gate asks about; `evaluated` compares the candidate with the champion on its data."""
     new = load_dataset(workspace.dataset_dir(contest.dataset))
     own_id = contest.facts.dataset if contest.facts else None
     own = _load(workspace, own_id)
@@ -64,7 +64,7 @@ def gather(
         own=_own(config, workspace, contest, own_id, own, comparable),
         prompts=_scores(encoder, prompts, performances),
         anchors=_anchors(config, workspace, contest, encoder),
-        coverage=_coverage(config, contest, scorecard),
+        coverage=_coverage(evaluated["scorecard"], evaluated["other_scorecard"] or {}),
     )
 
 
@@ -151,11 +151,8 @@ def _first_captions(config: Config, workspace: Workspace) -> list[str]:
     return []
 
 
-def _coverage(config: Config, contest: Contest, ours: dict[str, Any]) -> Scores | None:
-    if COVERAGE not in ours or contest.facts is None:
-        return None
-    theirs = evaluate.run(config, f"models:/{config.name}/{contest.facts.version}", contest.dataset)["scorecard"]
-    if COVERAGE not in theirs:
+def _coverage(ours: dict[str, Any], theirs: dict[str, Any]) -> Scores | None:
+    if COVERAGE not in ours or COVERAGE not in theirs:
         return None
     cards = (ours[COVERAGE], theirs[COVERAGE])
     candidate, champion = (Estimate(*(card[key] for key in ("value", "low", "high", "n"))) for card in cards)

@@ -6,7 +6,7 @@ from cluster.artifacts import open_workspace, read_journal
 from cluster.champion import PROMOTE, reigns, settle
 from cluster.registry import Registry
 from flows.config import Config
-from flows.console import say
+from flows.console import program, say
 
 KEPT = ("event", "champion", "previous", "since", "until", "forced", "run_id", "dataset", "reasons", "scorecard")
 REFUSALS = ("hold", "reject")
@@ -35,7 +35,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _tell(config: Config, entries: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:
     if not entries:
-        say(f"no champion of {config.name} so far; next: fresco promote RUN_ID")
+        say(f"no champion of {config.name} so far; next: {program()} promote RUN_ID")
     for entry in entries:
         forced = ", forced" if entry.get("forced") else ""
         made = f"{entry['event']}{forced}; run {entry.get('run_id')}, dataset {entry.get('dataset')}"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from cluster.placement import PlacementSection
 from components.recipe import DataSection, LearningRate, ModelSection, TrainSection
+from components.search_space import SearchSection
 from flows.config import Config
 
 
@@ -14,7 +15,18 @@ def tiny_cpu() -> Config:
             steps=900,
             # New words need their embeddings moved, and a model this small bears it.
             learning_rate=LearningRate(denoiser=2e-3, text_encoder=1e-3),
-            eval_every_steps=300,
+            eval_every_steps=75,
+        ),
+        search=SearchSection(
+            trials=6,
+            random_trials=2,
+            grace_steps=75,
+            reduction_factor=4,  # rungs at 75 and 300 steps: six trials in minutes
+            space={
+                "train.freezing": {"choice": ["denoiser", "denoiser_attention", "all", "lora:8"]},
+                "train.learning_rate.denoiser": {"loguniform": [3e-4, 1e-2]},
+                "train.learning_rate.text_encoder": {"loguniform": [1e-4, 1e-2]},
+            },
         ),
         placement=PlacementSection(workers=2, zero_stage=2),
     )

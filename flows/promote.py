@@ -5,6 +5,7 @@ the champion, decide (`components/policy.py`), move the aliases, write card, tag
 Where another promotion came first, the comparison is made again with the new champion.
 """
 
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,12 +23,14 @@ from cluster.registry import (
     Registry,
     Version,
 )
+from components import decision_page
 from components.errors import NonFiniteError
 from components.evidence import Champion, Evidence, NewData
 from components.policy import Decision, decide
 from flows import evaluate
 from flows.config import Config
 from flows.console import program, say, step
+from flows.decision_report import write_decision
 from flows.gather import Contest, gather
 from flows.keep import delete_weights, has_card, write_card, write_evidence
 from flows.models import ResolvedModel, keep_in_workspace, resolve_model
@@ -48,6 +51,10 @@ class Judged:
     evaluated: dict[str, Any]
     champion: int
     """The version it was compared with; 0 for none."""
+
+    @property
+    def passed(self) -> bool:
+        return self.decision.verdict == "promote"
 
 
 def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
@@ -90,8 +97,8 @@ def _contest(
     served = rehearse(config, found)
     for attempt in range(1, ATTEMPTS + 1):
         judged = _judge(config, workspace, registry, found, model, served)
-        wanted = judged.decision.verdict == "promote" or (force and not served.problem)
-        line = _line(config, judged, forced=wanted and judged.decision.verdict != "promote")
+        wanted = judged.passed or (force and not served.problem)
+        line = _line(config, workspace, judged, forced=wanted and not judged.passed)
         try:
             if wanted:
                 move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
@@ -123,12 +130,13 @@ def _judge(
     facts, champion = _champion(config, old, found)
     version = registry.by_number(config.name, found.version or 0)
     evaluated: dict[str, Any] = {"report": None, "scorecard": {}, "dataset": found.dataset or "", "grid": None}
+    against = old.uri if old is not None and champion is not None and not (facts and facts.same_weights) else ""
     evidence = Evidence(NewData(evaluated["dataset"], 0), served, facts)
     if not served.problem:
         try:
-            evaluated = evaluate.run(config, model)
+            evaluated = evaluate.run(config, model, against=against)
             contest = Contest(found, evaluated["dataset"], champion, facts)
-            evidence = gather(config, workspace, contest, served, evaluated["scorecard"])
+            evidence = gather(config, workspace, contest, served, evaluated)
         except NonFiniteError as error:
             evidence = replace(evidence, served=replace(served, problem=str(error)))
     decision = decide(evidence, config.gate)
@@ -148,10 +156,10 @@ def _champion(
     return Champion(old.number, champion.dataset, same_weights=same), champion
 
 
-def _line(config: Config, judged: Judged, forced: bool) -> dict[str, Any]:
-    """What the journal keeps of a decision: verdict, reasons, every check's numbers, lineage, scorecard."""
+def _line(config: Config, workspace: Workspace, judged: Judged, forced: bool) -> dict[str, Any]:
+    """Write the decision's page; return what the journal keeps: verdict, reasons, checks' numbers, lineage."""
     reasons = [FORCED] if forced else []
-    numbers = {
+    line = {
         "decision": "promote" if forced else judged.decision.verdict,
         "forced": forced,
         "reasons": [*reasons, *judged.decision.reasons],
@@ -161,9 +169,24 @@ def _line(config: Config, judged: Judged, forced: bool) -> dict[str, Any]:
         "run_id": judged.model.run_id,
         "dataset": judged.evaluated["dataset"],
         "scorecard": {metric: card["value"] for metric, card in judged.evaluated["scorecard"].items()},
-        "report": judged.evaluated["report"],
+        "evaluation": judged.evaluated["report"],
+        "gate": config.gate.model_dump(include={"significance", "min_improvement", "max_forgetting"}),
     }
-    return {**numbers, "gate": config.gate.model_dump(include={"significance", "min_improvement", "max_forgetting"})}
+    told = decision_page.Judged(judged.version.number, judged.champion, judged.decision, forced)
+    page = write_decision(config, workspace, told, _facts(config, judged), line, judged.evaluated["grid"])
+    return {**line, "report": str(page)}
+
+
+def _facts(config: Config, judged: Judged) -> dict[str, str]:
+    facts = {
+        "Candidate": f"models:/{config.name}/{judged.version.number}",
+        "Champion": f"models:/{config.name}/{judged.champion}" if judged.champion else "none",
+        "Run": judged.model.run_id or str(judged.model.name),
+        "Weights": judged.model.fingerprint,
+        "Measured on": judged.evaluated["dataset"],
+        "Decided": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _promoted(
@@ -171,7 +194,7 @@ def _promoted(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
-    result = _result(line, judged.version, move.champion, move.previous)
+    result = _result(line, judged.evaluated["scorecard"], judged.version, move.champion, move.previous)
     _tell(config, result)
     _retire(config, workspace, registry)
     return result
@@ -182,7 +205,7 @@ def _refused(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
-    result = _result(line, judged.version, champion, previous)
+    result = _result(line, judged.evaluated["scorecard"], judged.version, champion, previous)
     append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})
     _tell(config, result)
     return result
@@ -190,10 +213,11 @@ def _refused(
 
 def _unchanged(config: Config, registry: Registry, champion: Version, evaluated: dict[str, Any]) -> dict[str, Any]:
     reasons = [f"version {champion.number} is the champion already: nothing changed"]
-    line = {"decision": "promote", "reasons": reasons, "report": evaluated["report"]}
+    line = {"decision": "promote", "reasons": reasons, "report": evaluated["report"], "evaluation": evaluated["report"]}
     if not has_card(registry, champion):  # a crash came between the move and the card
         write_card(config, registry, champion, evaluated, ["see the journal: the card was written later"])
-    result = _result(line, champion, champion, registry.by_alias(config.name, PREVIOUS))
+    previous = registry.by_alias(config.name, PREVIOUS)
+    result = _result(line, evaluated["scorecard"], champion, champion, previous)
     _tell(config, result)
     return result
 
@@ -218,7 +242,11 @@ def _retire(config: Config, workspace: Workspace, registry: Registry) -> None:
 
 
 def _result(
-    line: dict[str, Any], version: Version, champion: Version | None, previous: Version | None
+    line: dict[str, Any],
+    scorecard: dict[str, Any],
+    version: Version,
+    champion: Version | None,
+    previous: Version | None,
 ) -> dict[str, Any]:
     versions = {"version": version, "champion": champion, "previous": previous}
     return {
@@ -228,6 +256,8 @@ def _result(
         "forced": line.get("forced", False),
         **{key: entry.number if entry else None for key, entry in versions.items()},
         "report": line["report"],
+        "evaluation": line["evaluation"],
+        "scorecard": scorecard,
     }
 
 
@@ -241,6 +271,8 @@ def _tell(config: Config, result: dict[str, Any]) -> None:
         say(f"  {marks[check['outcome']]}  {check['sentence']}")
     told = {"promote": "promoted", "hold": "held: the evidence decides nothing yet", "reject": "rejected"}
     say(f"version {result['version']} {told[result['decision']]}" + (f" ({FORCED})" if result["forced"] else ""))
+    if result["report"]:
+        say(f"report: {result['report']}")
     say(f"champion of {config.name}: version {result['champion'] or 'unset'}; previous: {result['previous'] or 'none'}")
     if result["decision"] == "promote":
         say(f"next: {program()} serve --detach --workspace {config.workspace}")

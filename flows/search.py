@@ -22,12 +22,13 @@ from cluster.workers import Task
 from components.errors import InputError, NonFiniteError
 from components.models import family_of
 from components.recipe import trains_text
-from components.search_space import Dimension, default_grace, draw
+from components.search_results import OWN
+from components.search_space import Dimension, default_grace, draw, own_recipe
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
-from flows.search_record import UNFINISHED, SearchRecord, TrialRecord, earlier_trials
+from flows.search_record import RANDOM, UNFINISHED, SearchRecord, TrialRecord, earlier_trials
 from flows.train import Inputs, open_job, train_worker
 from flows.watch import FIRST_PICTURES
 
@@ -46,13 +47,15 @@ class Search:
         self.error: Exception | None = None
         self.crew: Crew | None = None
         self.jobs: dict[int, Job] = {}
-        self._data: dict[bool, EncodedPaths] = {}
+        self._data = {with_text: self._encoded(with_text) for with_text in sorted(self._plans_with_text(space))}
         self._next = 0
         recipe = telemetry.flatten(config.model_dump(include={"train"}))
         family = str(family_of(inputs.base).__name__).rpartition(".")[2]
         search = config.search
+        self.own = self._own_recipe(space, recipe)
+        first_learned = search.random_trials + bool(self.own)
         self.proposer = Proposer(
-            search.sampler, search.seed, search.random_trials, lambda suggest: draw(space, recipe, suggest)
+            search.sampler, search.seed, first_learned, lambda suggest: draw(space, recipe, suggest)
         )
         if search.warm_start and search.sampler != "random":
             told = [self.proposer.tell_earlier(one) for one in self._earlier(family)]
@@ -64,6 +67,25 @@ class Search:
 
     def _earlier(self, family: str) -> Iterator[Any]:
         return earlier_trials(self.inputs.workspace.searches, family, self.directory)
+
+    def _plans_with_text(self, space: list[Dimension]) -> set[bool]:
+        """Whether some plan of the search reads stored text states, and whether some plan does not."""
+        searched = next((one.choices for one in space if one.path == "train.freezing"), ())
+        return {not trains_text(plan) for plan in [*searched, self.config.train.freezing]}
+
+    def _encoded(self, with_text: bool) -> EncodedPaths:
+        """Encodings that trials share, made before worker groups take the CPUs that making them needs."""
+        return ensure_encoded(self.config, self.inputs.dataset, self.inputs.base, with_text)
+
+    def _own_recipe(self, space: list[Dimension], recipe: dict[str, Any]) -> dict[str, Any]:
+        """The first trial's overrides; empty when there is to be none, or the space does not hold it."""
+        if not self.config.search.own_recipe:
+            return {}
+        try:
+            return own_recipe(space, recipe)
+        except InputError as error:
+            say(f"no trial of the config's own recipe: {error}")
+            return {}
 
     def _open_parent(self) -> str:
         known = read_json(self.directory / "mlflow.json")
@@ -151,13 +173,16 @@ class Search:
         return trial
 
     def _propose(self, number: int) -> TrialRecord | None:
+        if number == 0 and self.own:
+            self.proposer.repeat(number, self.own)
+            return self.record.start(self.inputs.run_id(with_overrides(self.config, self.own)), self.own, OWN)
         tried = {trial.run_id for trial in self.record.trials}
         for attempt in range(TRIES):
             overrides = self.proposer.propose(number, attempt)
             run_id = self.inputs.run_id(with_overrides(self.config, overrides))
             if run_id not in tried:
-                search = self.config.search
-                return self.record.start(run_id, overrides, search.sampler == "random" or number < search.random_trials)
+                learned = number >= self.proposer.random_trials
+                return self.record.start(run_id, overrides, self.config.search.sampler if learned else RANDOM)
             self.proposer.discard(number)
         return None
 
@@ -177,10 +202,7 @@ class Search:
 
     def _open_job(self, trial: TrialRecord) -> Job:
         config = with_overrides(self.config, trial.overrides)
-        with_text = not trains_text(config.train.freezing)
-        if with_text not in self._data:
-            self._data[with_text] = ensure_encoded(config, self.inputs.dataset, self.inputs.base, with_text)
-        data = self._data[with_text]
+        data = self._data[not trains_text(config.train.freezing)]
         job = tracked(lambda: open_job(config, self.inputs, data, self.parent, pictures_at_end=True))
         # The base draws the same pictures in every trial: the first trial's serve all.
         target = job.directory / "samples" / FIRST_PICTURES

@@ -16,8 +16,10 @@ from typing import Any
 
 from cluster.artifacts import append_line, read_events
 from cluster.proposals import COMPLETE, FAILED, STOPPED, Told
+from components.search_results import OWN
 
 RUNNING, UNFINISHED = "running", "unfinished"  # UNFINISHED: the budget ended first; a larger one continues it
+RANDOM = "random"
 TRIALS = "trials.jsonl"
 
 
@@ -32,8 +34,8 @@ class TrialRecord:
     reports: list[tuple[int, float]] = field(default_factory=list)
     """(step, validation loss), by step."""
     reason: str = ""
-    random: bool = False
-    """Drawn at random, not learned from the others."""
+    origin: str = ""
+    """Where the recipe comes from: the config itself (OWN), a random draw (RANDOM), or the sampler by its name."""
 
     @property
     def steps(self) -> int:
@@ -58,7 +60,7 @@ class TrialRecord:
         """Return the trial for the verb's JSON object."""
         loss = self.loss if math.isfinite(self.loss) else None
         row = {"run_id": self.run_id, "overrides": self.overrides, "eval_loss": loss, "steps": self.steps}
-        return {**row, "state": self.state, **({"reason": self.reason} if self.reason else {})}
+        return {**row, "state": self.state, "origin": self.origin, **({"reason": self.reason} if self.reason else {})}
 
 
 class SearchRecord:
@@ -79,7 +81,7 @@ class SearchRecord:
         self._clocks[event["session"]] = event["elapsed_s"]
         self._earlier_s = sum(self._clocks.values())
         if event["event"] == "trial":
-            trial = TrialRecord(event["number"], event["run_id"], event["overrides"], random=event["random"])
+            trial = TrialRecord(event["number"], event["run_id"], event["overrides"], origin=event["origin"])
             self.trials.append(trial)
         elif event["event"] == "report":
             self._take_report(self.trials[event["number"]], event["step"], event["loss"])
@@ -100,10 +102,10 @@ class SearchRecord:
         """Write what the search is, once a command."""
         self._append("search", **facts)
 
-    def start(self, run_id: str, overrides: dict[str, Any], random: bool) -> TrialRecord:
+    def start(self, run_id: str, overrides: dict[str, Any], origin: str) -> TrialRecord:
         """Add the next trial."""
-        trial = TrialRecord(len(self.trials), run_id, overrides, random=random)
-        self._append("trial", number=trial.number, run_id=run_id, overrides=overrides, random=random)
+        trial = TrialRecord(len(self.trials), run_id, overrides, origin=origin)
+        self._append("trial", number=trial.number, run_id=run_id, overrides=overrides, origin=origin)
         self.trials.append(trial)
         return trial
 
@@ -123,6 +125,10 @@ class SearchRecord:
         """Return the trial with the lowest validation loss, wherever it stopped."""
         finite = [trial for trial in self.trials if math.isfinite(trial.loss)]
         return min(finite, key=lambda trial: (trial.loss, trial.number), default=None)
+
+    def own(self) -> TrialRecord | None:
+        """Return the trial of the config's own recipe, where there is one."""
+        return next((trial for trial in self.trials if trial.origin == OWN), None)
 
     def _take_report(self, trial: TrialRecord, step: int, loss: float) -> None:
         if step > trial.steps or not trial.reports:

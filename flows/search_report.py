@@ -19,7 +19,8 @@ SHEET_PX = 900  # a sheet in the report is at most so wide
 def write_report(config: Config, inputs: Inputs, record: SearchRecord, results: dict[str, Any]) -> Path:
     """Write `reports/search-*.html` and `.json`; return the path of the page."""
     trials = [
-        Trial(one.number, one.run_id, one.overrides, one.state, tuple(one.reports), one.reason) for one in record.trials
+        Trial(one.number, one.run_id, one.overrides, one.state, tuple(one.reports), one.reason, one.origin)
+        for one in record.trials
     ]
     best = next(trial for trial in trials if trial.run_id == results["best"]["run_id"])
     pictures = {}

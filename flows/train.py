@@ -85,8 +85,9 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
                 execute(train_worker, job, config.placement, directory)
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            telemetry.end_run(job.mlflow_uri, job.mlflow_run_id, status)
+            telemetry.try_end_run(job.mlflow_uri, job.mlflow_run_id, status, {}, {})
             raise
+        telemetry.send_again(directory, job.mlflow_uri, job.mlflow_run_id)
         telemetry.end_run(job.mlflow_uri, job.mlflow_run_id, "FINISHED")
     results = _record(job, inputs, time.monotonic() - started)
     shutil.rmtree(directory / "ray", ignore_errors=True)

@@ -8,6 +8,7 @@ reported is kept in `flows/search_record.py`, from which the same command contin
 
 import hashlib
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from cluster.session import groups_that_fit, local_session
 from cluster.trials import run_trials
 from cluster.workers import read_lines
 from components.errors import InputError
+from components.search_results import at_equal_steps
 from components.search_space import Dimension, default_grace, parse_space
 from flows.config import Config, known_keys, with_overrides
 from flows.console import program, say, step
@@ -64,6 +66,10 @@ def run(config: Config) -> dict[str, Any]:
     say(f"best of {len(results['trials'])} trials: eval loss {results['best']['eval_loss']:.5f} with")
     for path, value in results["best"]["overrides"].items():
         say(f"  --set {path}={value}")
+    own = results["own_recipe"]
+    if own and own["run_id"] != results["best"]["run_id"]:
+        told = f"{own['eval_loss']:.5f}, the best one's {own['best_eval_loss']:.5f}"
+        say(f"the config's own recipe: eval loss at step {own['step']} {told}")
     say(f"report: {results['report']}")
     say(f"next: {program()} promote {results['best']['run_id']} --workspace {config.workspace}")
     return results
@@ -130,12 +136,15 @@ def _finish_winner(config: Config, search: Search, crew: Crew) -> dict[str, Any]
         continued_from = best.steps
         say(f"trial {best.number} is the best so far (eval loss {best.loss:.5f} at step {best.steps})")
         try:
-            result = train(with_overrides(config, best.overrides), execute=crew.execute)
+            chosen = with_overrides(config, best.overrides)
+            result = tracked(lambda: train(chosen, execute=crew.execute))  # noqa: B023, called at once
         except BAD_TRIAL as error:
             record.end(best, FAILED, f"{type(error).__name__}: {error}")
             continue
         trained[best.number] = {**result, "continued_from": continued_from}
-        record.report(best, result["steps"], result["eval_loss_last"])
+        for line in read_lines(search.inputs.workspace.run_dir(best.run_id) / "metrics.jsonl"):
+            if telemetry.EVAL_LOSS in line:
+                record.report(best, line["step"], line[telemetry.EVAL_LOSS])
         record.end(best, COMPLETE)
 
 
@@ -152,6 +161,7 @@ def _conclude(config: Config, search: Search, winner: dict[str, Any]) -> dict[st
         "search": search.directory.name,
         "trials": [trial.row() for trial in record.trials],
         "best": {**best.row(), **won, "continued_from": winner["continued_from"]},
+        "own_recipe": _beside_own(record, best),
         "steps": record.total_steps,
         "seconds": round(record.elapsed_s, 1),
         "seconds_between_trials": gaps(record, workspace.runs),
@@ -165,6 +175,16 @@ def _conclude(config: Config, search: Search, winner: dict[str, Any]) -> dict[st
     facts = {key: results["best"][key] for key in ("run_id", "overrides", "eval_loss")}
     append_journal(workspace, "search", search=search.directory.name, trials=len(record.trials), **facts)
     return results
+
+
+def _beside_own(record: SearchRecord, best: TrialRecord) -> dict[str, Any] | None:
+    """The config's own recipe beside the best one, after as many steps; None where it was not tried or failed."""
+    own = record.own()
+    pair = at_equal_steps(own.reports, best.reports) if own is not None and math.isfinite(own.loss) else None
+    if own is None or pair is None:
+        return None
+    step, own_loss, best_loss = pair
+    return {"run_id": own.run_id, "step": step, "eval_loss": own_loss, "best_eval_loss": best_loss}
 
 
 def _track_all(search: Search, best: TrialRecord, report: Path) -> None:

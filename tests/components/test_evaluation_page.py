@@ -105,6 +105,7 @@ def test_page_has_slices_encoder_warning_and_p_value():
 def test_a_comparison_with_another_model_names_it_so():
     html = make_page("run-1", evaluation(BETTER, against="run-2"), {"Against": "run-2"}, [], {})
     assert "the other model" in html and "other ✓" in html and "its base" not in html and "fine-tuned" not in html
+    assert re.search(r"other 0\.\d+, <span", html) and ">base 0" not in html, "tiles name it too"
 
 
 def test_the_nearest_training_pictures_stand_beside_what_was_drawn():

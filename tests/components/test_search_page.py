@@ -2,13 +2,14 @@
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 from PIL import Image
 
 from components.search_page import Search, lead, make_search_page
-from components.search_results import Trial
+from components.search_results import OWN, Trial
 
 RATE, TEXT, PLAN = "train.learning_rate.denoiser", "train.learning_rate.text_encoder", "train.freezing"
 
@@ -69,6 +70,21 @@ def test_lead_tells_winner_gain_and_cost() -> None:
     assert f"Trial {search.best.number} won" in told and f"{search.best.loss:.5f}" in told and "below its start" in told
     spent = sum(trial.steps for trial in search.trials)
     assert f"{spent} steps, {spent / (90 * 15):.0%}" in told
+
+
+def test_lead_holds_the_best_against_the_own_recipe_at_equal_steps() -> None:
+    search = search_of()
+    own = replace(search.trials[1], origin=OWN)
+    assert own.steps == 10 < search.best.steps
+    trials = [search.trials[0], own, *search.trials[2:]]
+    told = lead(replace(search, trials=trials))
+    change = dict(search.best.curve)[10] / own.loss - 1
+    assert f"At step 10 it was {abs(change):.0%} {'below' if change < 0 else 'above'} the config's own recipe" in told
+    won = replace(search.best, origin=OWN)
+    told = lead(replace(search, trials=[*search.trials, won], best=won))
+    assert "the config's own recipe: no trial beat it" in told
+    failed = replace(own, state="failed")
+    assert "own recipe" not in lead(replace(search, trials=[failed, *search.trials]))
 
 
 def test_search_of_one_trial_has_a_page_too() -> None:

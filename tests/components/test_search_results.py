@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from components.search_results import Trial, common_step, importance, losses_at
+from components.search_results import Trial, at_equal_steps, common_step, importance, losses_at
 
 PLANS = ("all", "denoiser", "lora:8")
 
@@ -35,6 +35,11 @@ def test_a_category_that_decides_everything_explains_almost_everything() -> None
         Trial(i, "", {"plan": PLANS[i % 3], "idle": True}, "complete", [(0, losses[PLANS[i % 3]])]) for i in range(9)
     ]
     assert importance(trials) == {"plan": pytest.approx(1.0), "idle": 0.0}
+
+
+def test_curves_are_compared_at_the_last_step_that_both_have() -> None:
+    assert at_equal_steps([(0, 3.0), (10, 2.0), (20, 1.5)], [(0, 3.0), (10, 1.0), (30, 0.5)]) == (10, 2.0, 1.0)
+    assert at_equal_steps([(0, 3.0)], []) is None
 
 
 def test_noise_explains_little_on_average() -> None:

@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 
 from components.errors import InputError
-from components.search_space import DEFAULT_SPACE, SearchSection, default_grace, draw, parse_space
+from components.search_space import DEFAULT_SPACE, SearchSection, default_grace, draw, own_recipe, parse_space
 from flows.config import known_keys
 
-RECIPE = {"train.freezing": "all", "train.optimizer": "adamw", "train.weighting": "none"}
+RECIPE = {
+    "train.freezing": "all",
+    "train.optimizer": "adamw",
+    "train.weighting": "none",
+    "train.learning_rate.denoiser": 1e-3,
+    "train.learning_rate.text_encoder": 2e-4,
+}
 
 
 class Dice:
@@ -65,6 +71,17 @@ def test_conditions_look_at_the_recipe_and_at_the_draw_wherever_they_stand() -> 
         assert ("train.momentum" in overrides) == ("train.warmup_steps" in overrides) == with_sgd
         assert "train.min_snr_gamma" not in overrides, "the recipe's weighting is none"
     assert len({overrides["train.optimizer"] for overrides in draws}) == 2
+
+
+def test_own_recipe_has_the_keys_of_a_draw_and_must_lie_in_the_space() -> None:
+    space = parse_space(DEFAULT_SPACE, known_keys())
+    frozen = {**RECIPE, "train.freezing": "denoiser"}
+    assert own_recipe(space, RECIPE) == {path: RECIPE[path] for path in DEFAULT_SPACE}
+    assert own_recipe(space, frozen).keys() == DEFAULT_SPACE.keys() - {"train.learning_rate.text_encoder"}
+    with pytest.raises(InputError, match="does not hold the config's own value 'text_encoder'"):
+        own_recipe(space, {**RECIPE, "train.freezing": "text_encoder"})
+    with pytest.raises(InputError, match=r"learning_rate.denoiser .* 0.5 \(\[0.0001, 0.005\]\)"):
+        own_recipe(space, {**RECIPE, "train.learning_rate.denoiser": 0.5})
 
 
 def test_drawn_numbers_are_inside_their_range_and_short_enough_to_type() -> None:

@@ -128,6 +128,12 @@ def test_better_model_replaces_the_champion_with_its_numbers_in_the_journal(conf
     line = read_journal(open_workspace(config.workspace))[-1]
     assert (line["event"], line["decision"], line["champion"], line["forced"]) == ("promote", "promote", 2, False)
     numbers = next(check["numbers"] for check in line["checks"] if check["name"] == "improvement")
+    page = Path(result["report"])
+    assert (
+        page.name == "promote-fresco-version-2-against-1.html" and "Version 2 replaces version 1." in page.read_text()
+    )
+    assert Path(result["evaluation"]).name in page.read_text(), "a link to the whole comparison"
+    assert json.loads(page.with_suffix(".json").read_text())["checks"] == line["checks"]
     assert numbers["high"] < -0.01 and numbers["n"] == len(prepare.ensure_dataset(config).split("test"))
     assert line["scorecard"]["denoising_loss"] > 0 and line["dataset"] and line["run_id"] == "fresco-b"
     assert registry_of(config).by_number("fresco", 2).tags[TAG_PARENT] == "models:/fresco/1"
@@ -163,7 +169,8 @@ def test_model_that_does_not_serve_is_rejected_even_by_force(config, make_model,
     monkeypatch.setattr(promote, "rehearse", lambda *_: Served(problem="endpoint expected to load its model"))
     make_model("fresco-a", MIDDLE)
     result = promote.run(config, "fresco-a", force)
-    assert (result["decision"], result["champion"], result["report"]) == ("reject", None, None)
+    assert (result["decision"], result["champion"], result["evaluation"]) == ("reject", None, None)
+    assert "Version 1 is rejected. There is still no champion." in Path(result["report"]).read_text()
     assert "it does not serve: endpoint expected" in result["reasons"][0]
 
 

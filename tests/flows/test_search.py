@@ -1,7 +1,10 @@
 """The search between Tune and the runs, with a thread that pretends to train: what is recorded, told and continued."""
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from cluster.trials import run_trials
 from cluster.workers import named
 from components.dataset import DatasetVersion
 from components.errors import NonFiniteError
+from flows import search
 from flows.config import Config, load_config
 from flows.encode import EncodedPaths
 from flows.job import Job
@@ -24,6 +28,7 @@ from flows.search import Search
 from flows.search_record import UNFINISHED
 from flows.train import Inputs
 from flows.tune import check_space, search_fingerprint
+from tests.servers import free_port, mlflow_server
 
 RATE = "train.learning_rate.denoiser"
 
@@ -93,6 +98,19 @@ def config(config: Config) -> Config:
     )
 
 
+@pytest.fixture(autouse=True)
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Which encodings were asked for; nothing is read by whoever pretends."""
+    asked: list[bool] = []
+
+    def none(config: Config, dataset: DatasetVersion, base: Path, with_text: bool) -> EncodedPaths:
+        asked.append(with_text)
+        return EncodedPaths({}, {}, Path())
+
+    monkeypatch.setattr(search, "ensure_encoded", none)
+    return asked
+
+
 @pytest.fixture
 def inputs(config: Config, tiny_base: Path) -> Inputs:
     workspace = open_workspace(config.workspace)
@@ -111,8 +129,6 @@ def search_of(config: Config, inputs: Inputs, crew: Pretended) -> Search:
     directory = inputs.workspace.searches / search_fingerprint(config, inputs)
     search = Search(config, check_space(config), inputs, directory)
     search.crew = crew.crew
-    nothing = EncodedPaths({}, {}, Path())
-    search._data = {True: nothing, False: nothing}  # nothing is read by whoever pretends
     return search
 
 
@@ -178,8 +194,84 @@ def test_every_trial_is_a_child_run_with_its_state(
         )
 
 
+def test_first_trial_is_the_configs_own_recipe(config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path) -> None:
+    search = search_of(config, inputs, crew)
+    go(search, tmp_path / "tune")
+    own = search.record.own()
+    assert own is search.record.trials[0] and own.overrides == {RATE: config.train.learning_rate.denoiser}
+    assert own.run_id == inputs.run_id(config), "what `fresco train` with the same config makes"
+    assert [trial.origin for trial in search.record.trials[1:]] == ["random"] * 6
+
+
+@pytest.mark.parametrize("change", [{"own_recipe": False}, {"space": {RATE: {"choice": [0.5, 0.6]}}}])
+def test_own_recipe_is_left_out_when_unwanted_or_outside_the_space(
+    config: Config, inputs: Inputs, crew: Pretended, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = config.model_copy(update={"search": config.search.model_copy(update=change)})
+    assert search_of(changed, inputs, crew).own == {}
+    assert ("does not hold the config's own value 0.002" in capsys.readouterr().err) == ("space" in change)
+
+
+@pytest.mark.parametrize(
+    ("plans", "needed"), [(["all"], [False]), (["all", "lora:8"], [False, True]), (["denoiser"], [False, True])]
+)
+def test_encodings_of_every_plan_are_made_before_worker_groups_take_the_cpus(
+    config: Config, inputs: Inputs, crew: Pretended, encoded: list[bool], plans: list[str], needed: list[bool]
+) -> None:
+    assert config.train.freezing == "all"
+    space = {RATE: {"choice": [0.001]}, "train.freezing": {"choice": plans}}
+    search_of(config.model_copy(update={"search": config.search.model_copy(update={"space": space})}), inputs, crew)
+    assert encoded == needed
+
+
 def test_space_that_is_used_up_ends_the_search(config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path) -> None:
     larger = config.model_copy(update={"search": config.search.model_copy(update={"trials": 20})})
     search = search_of(larger, inputs, crew)
     go(search, tmp_path / "tune")
     assert len(search.record.trials) == 7
+
+
+@pytest.mark.slow  # a real tracking server, killed and started again
+def test_tracking_server_killed_in_mid_search_loses_and_doubles_nothing(
+    config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    port, store = free_port(), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"http://127.0.0.1:{port}"
+    placement = config.placement.model_copy(update={"tracking_uri": uri})
+    config = config.model_copy(update={"placement": placement})
+    with ExitStack() as servers:
+        process = servers.enter_context(mlflow_server(tmp_path, store, port))
+        search = search_of(config, inputs, crew)
+        reported, away = search.reported, threading.Event()
+
+        def kill_at_the_fourth(number: int, report: dict[str, Any]) -> None:
+            reported(number, report)
+            if search.record.total_steps > 16 and not away.is_set():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+                away.set()
+
+        search.reported = kill_at_the_fourth  # type: ignore[method-assign]
+        back = threading.Thread(
+            target=lambda: away.wait(120) and servers.enter_context(mlflow_server(tmp_path, store, port)), daemon=True
+        )
+        back.start()
+        go(search, tmp_path / "tune")
+        back.join(120)
+        assert away.is_set() and len(search.record.trials) == 7
+        for trial in search.record.trials:
+            assert search.track(trial), "the server is back"
+        client = MlflowClient(uri)
+        runs = client.search_runs([client.get_experiment_by_name(config.name).experiment_id])
+        children = [run for run in runs if telemetry.PARENT_TAG in run.data.tags]
+        assert len(runs) == len(children) + 1, "one parent"
+        assert sorted(run.info.run_name for run in children) == sorted(t.run_id for t in search.record.trials)
+        by_name = {run.info.run_name: run for run in children}
+        for trial in search.record.trials:
+            run = by_name[trial.run_id]
+            assert run.data.tags["fresco.state"] == trial.state
+            points = client.get_metric_history(run.info.run_id, telemetry.EVAL_LOSS)
+            told = [] if trial.state == FAILED else [step for step, _ in trial.reports]
+            assert sorted(point.step for point in points) == told

@@ -11,7 +11,7 @@ def fill(directory: Path) -> SearchRecord:
     record = SearchRecord(directory)
     record.begin(family="stable_diffusion", steps=30)
     for rate in (1e-3, 1e-2, 1e-1, 1e-4):
-        record.start(f"run-{rate}", {"train.learning_rate.denoiser": rate}, random=True)
+        record.start(f"run-{rate}", {"train.learning_rate.denoiser": rate}, origin="random")
     for step, loss in [(0, 0.4), (10, 0.3), (30, 0.2)]:
         record.report(record.trials[0], step, loss)
     record.end(record.trials[0], COMPLETE)

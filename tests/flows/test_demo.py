@@ -1,0 +1,40 @@
+"""The demo, whole and small: every verb on real parts, from drawn pictures to an endpoint's answer."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cluster.artifacts import open_workspace
+from cluster.registry import CHAMPION, Registry
+from flows import demo
+from flows.config import load_config
+
+pytestmark = pytest.mark.slow  # a search, two rehearsals and an endpoint
+
+
+@pytest.mark.timeout(600)
+def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Path) -> None:
+    small = ["data.source=emblems://drifted?count=240&seed=1", "train.steps=12", "train.eval_every_steps=4"]
+    search = [
+        "search.trials=3",
+        "search.random_trials=1",
+        "search.grace_steps=4",
+        "train.global_batch=8",
+        "train.eval_images=16",
+    ]
+    pictures = ["evaluate.prompts=8", "evaluate.sampling_steps=2", "serve.default_steps=2", "evaluate.bootstrap=100"]
+    config = load_config(overrides=[*small, *search, *pictures], preset="tiny_cpu", workspace=str(tmp_path / "w"))
+    found = demo.run(config, stop=True)
+    registry = Registry(open_workspace(config.workspace))
+    champion = registry.by_alias(config.name, CHAMPION)
+    assert champion is not None and champion.number == found["champion"] == (2 if found["decision"] == "promote" else 1)
+    assert [entry.number for entry in registry.versions(config.name)] == [1, 2], "the base, then the search's winner"
+    names = ["prepare", "champion", "tune", "promote", "serve", "generate"]
+    assert [stage["name"] for stage in found["stages"]] == names and all(
+        stage["seconds"] > 0 for stage in found["stages"]
+    )
+    for key, told in (("search_report", "Fresco search"), ("report", "Fresco evaluation"), ("decision_report", "gate")):
+        assert told in Path(found[key]).read_text()
+    assert len(found["pictures"]) == 16 and all(Image.open(path).size == (64, 64) for path in found["pictures"])
+    assert Image.open(found["grid"]).width > 500
