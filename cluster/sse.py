@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from starlette.responses import StreamingResponse
 
-from cluster.api_errors import ApiError, body_of
+from cluster.api_errors import ApiError, body_of, once
 
 HEARTBEAT = b": waiting\n\n"
 """A comment: clients skip it, proxies see that the connection lives, and a gone client is noticed."""
@@ -76,7 +76,7 @@ def stream(events: AsyncIterator[bytes], headers: Mapping[str, str] | None = Non
 
 
 async def _guarded(events: AsyncIterator[bytes], heartbeat_s: float) -> AsyncIterator[bytes]:
-    """Pass events on, a heartbeat where none comes for so long, and an ApiError as the event that ends the stream."""
+    """Pass events on, a heartbeat where none comes for so long, and an error as the event that ends the stream."""
     waiting: asyncio.Future[bytes] | None = None
     try:
         while True:
@@ -93,6 +93,9 @@ async def _guarded(events: AsyncIterator[bytes], heartbeat_s: float) -> AsyncIte
             except ApiError as error:
                 yield write_error(error)
                 return
+            except Exception:  # a bug: the client is told, and the traceback goes to the log as it would elsewhere
+                yield write_error(once(500, "drawing failed; the endpoint's log says why", "internal_error"))
+                raise
     finally:
         if waiting is not None:
             waiting.cancel()

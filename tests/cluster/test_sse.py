@@ -128,17 +128,20 @@ def test_long_wait_is_bridged_by_heartbeats_that_the_client_skips(monkeypatch: p
     assert sent[0] == sse.HEARTBEAT and sent[-1].startswith(b"event: image_generation.completed\n")
 
 
-def test_bug_in_the_source_is_not_hidden() -> None:
+def test_bug_in_the_source_is_told_and_not_hidden() -> None:
+    sent: list[bytes] = []
+
     async def events() -> AsyncIterator[bytes]:
-        yield b""
-        raise ZeroDivisionError
+        yield b"first"
+        raise ZeroDivisionError("about a secret prompt")
 
     async def read() -> None:
-        async for _ in stream(events()).body_iterator:
-            pass
+        async for part in stream(events()).body_iterator:
+            sent.append(part)  # type: ignore[arg-type]
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(read())
+    assert len(sent) == 2 and b'"code":"internal_error"' in sent[1] and b"secret" not in sent[1]
 
 
 def test_created_at_is_now_and_an_event_is_one_line_of_data() -> None:
