@@ -127,6 +127,11 @@ class Order:
     partial_images: int
 
     @property
+    def weight(self) -> float:
+        """Share of the engine against other requests: 1 at the usual priority, each step up doubles it."""
+        return 2.0 ** (self.priority - USUAL_PRIORITY)
+
+    @property
     def size(self) -> str:
         return f"{self.rows[0]['width_px']}x{self.rows[0]['height_px']}"
 

@@ -80,6 +80,10 @@ def test_priority_is_held_to_what_the_key_allows() -> None:
         make_order(body.model_copy(update={"priority": 3}), LIMITS, INFO, most_priority=2)
 
 
+def test_priority_doubles_the_share_with_each_step() -> None:
+    assert [order(priority=priority).weight for priority in (0, 4, 5, 6, 9)] == [1 / 32, 0.5, 1, 2, 16]
+
+
 def test_endpoint_without_choices_says_so() -> None:
     with pytest.raises(ApiError, match="one choice"):
         make_order(ImagesRequest(prompt="x", scheduler="euler"), LIMITS, {**INFO, "schedulers": ()})
