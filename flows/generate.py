@@ -7,7 +7,7 @@ import base64
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ class Wish:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     size: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """Key of the endpoint; not part of what is drawn."""
 
     def body(self, prompt: str) -> dict[str, Any]:
         """Return the JSON body of one request."""
         fields = {"prompt": prompt, **self.__dict__}
-        return {key: value for key, value in fields.items() if value is not None}
+        return {key: value for key, value in fields.items() if value is not None and key != "api_key"}
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,21 @@ def _remote(config: Config, url: str | None) -> Any:
     address = str(url).rstrip("/").removesuffix("/v1")
 
     def draw(prompt: str, wish: Wish) -> Drawn:
-        answer = post(f"{address}/v1/images/generations", wish.body(prompt))
+        answer = post(f"{address}/v1/images/generations", wish.body(prompt), wish.api_key)
         pngs = [base64.b64decode(picture["b64_json"]) for picture in answer["data"]]
         return Drawn(pngs, answer["seeds"], answer["model_version"])
 
     return draw
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def post(url: str, body: dict[str, Any], api_key: str | None = None) -> dict[str, Any]:
     """Send one request; EndpointError with the endpoint's own words when it refuses."""
     try:
         timeout = httpx.Timeout(DRAWING_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # A proxy named in the environment must not stand between this machine and itself.
-        answer = httpx.post(url, json=body, timeout=timeout, trust_env=httpx.URL(url).host not in HERE)
+        remote = httpx.URL(url).host not in HERE
+        headers = bearer(api_key)
+        answer = httpx.post(url, json=body, headers=headers, timeout=timeout, trust_env=remote)
         content = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise EndpointError(
@@ -134,6 +138,11 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         said = content.get("error", {}).get("message", content) if isinstance(content, dict) else content
         raise EndpointError(f"endpoint expected to draw, found status {answer.status_code}: {said}")
     return dict(content)
+
+
+def bearer(api_key: str | None) -> dict[str, str]:
+    """Return the headers that present a key, none without one."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _local(config: Config, model: str) -> Any:
@@ -146,7 +155,8 @@ def _local(config: Config, model: str) -> Any:
     painter = make_painter(**painter_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
 
     def draw(prompt: str, wish: Wish) -> Drawn:
-        from cluster.images_api import ApiError, ImagesRequest, make_rows
+        from cluster.api_errors import ApiError
+        from cluster.images_schema import ImagesRequest, make_rows
 
         try:
             rows = make_rows(ImagesRequest(**wish.body(prompt)), config.serve, painter.info())

@@ -32,7 +32,9 @@ def rehearse(config: Config, model: ResolvedModel) -> Served:
     """Serve the model, ask for the fixed prompts one by one, compare, end it; a failure is told in `problem`."""
     device = "cuda" if config.serve.gpus_per_replica else "cpu"
     source = ModelSource(FACTORY, painter_arguments(config, model, device), config.name)
-    settings = config.serve.model_copy(update={"host": "127.0.0.1", "port": 0})
+    # Reached from this machine only and asked by this verb only: no keys, and nothing that the monitor should see.
+    alone = {"host": "127.0.0.1", "port": 0, "api_keys_file": "", "capture_share": 0.0}
+    settings = config.serve.model_copy(update=alone)
     say(f"starting {model.name} on the serving path, beside what serves")
     began = time.monotonic()
     try:

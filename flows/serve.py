@@ -17,7 +17,7 @@ from typing import Any
 
 import flows
 from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
-from cluster.errors import EndpointError, RegistryError
+from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.registry import CHAMPION, Registry, Version
 from cluster.serving import DRAIN_S, READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
@@ -34,9 +34,12 @@ LOG_TAIL_LINES = 15
 
 def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, Any]:
     """Serve the champion until SIGINT or SIGTERM; `detach` returns once it answers, `stop` ends the running one."""
+    from cluster.api_keys import check_exposure
+
     workspace = open_workspace(config.workspace)
     if stop:
         return _stop(workspace)
+    check_exposure(config.serve)
     champion = _champion(config, workspace)
     running = endpoint_of(workspace)
     if running is not None and running["model_version"] == champion.number:
@@ -49,6 +52,21 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
     if detach:
         return _result(_detach(config, workspace))
     return _result(_serve_here(config, workspace))
+
+
+def make_key(config: Config, name: str) -> dict[str, Any]:
+    """Add a key to `serve.api_keys_file` and show it, once: the file keeps its hash only."""
+    from cluster.api_keys import new_key
+
+    if not config.serve.api_keys_file:
+        raise PlacementError(
+            "serve.api_keys_file expected with --new-key, found none; add --set serve.api_keys_file=FILE"
+        )
+    path = Path(config.serve.api_keys_file)
+    key = new_key(path, name)
+    say(f"key {name!r}, shown once; {path} keeps its hash, and its rate limit and priority can be edited there:")
+    say(f"  {key}")
+    return {"name": name, "key": key, "file": str(path)}
 
 
 def plan(config: Config) -> list[str]:

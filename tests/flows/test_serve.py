@@ -19,7 +19,7 @@ from cluster.lease import hold_lease, process_is, read_lease
 from cluster.registry import TAG_MODEL_FINGERPRINT, Registry
 from cluster.serving import readiness
 from flows import generate, serve, status
-from flows.config import Config
+from flows.config import Config, with_overrides
 from flows.generate import Wish
 from flows.models import resolve_model
 
@@ -61,6 +61,19 @@ def test_port_in_use_is_refused_before_anything_starts(config: Config, make_run)
             with pytest.raises(PlacementError, match=f"127.0.0.1:{port} not usable: Address already in use"):
                 serve.run(taken, detach=detach)
     assert not (workspace.root / "serving").exists() and not (workspace.root / "endpoint.json").exists()
+
+
+def test_other_machines_are_let_in_with_keys_only(config: Config, tmp_path: Path, capsys) -> None:
+    far = with_overrides(config, {"serve.host": "0.0.0.0"})
+    with pytest.raises(PlacementError, match="without keys: anybody could draw"):
+        serve.run(far)
+    with pytest.raises(PlacementError, match=r"--set serve\.api_keys_file=FILE"):
+        serve.make_key(config, "studio")
+    keyed = with_overrides(far, {"serve.api_keys_file": str(tmp_path / "keys.yaml")})
+    made = serve.make_key(keyed, "studio")
+    assert made["key"] in capsys.readouterr().err and made["key"] not in (tmp_path / "keys.yaml").read_text()
+    with pytest.raises(RegistryError, match="found no champion"):
+        serve.run(keyed)
 
 
 def test_stop_without_a_server_says_so_and_removes_what_a_dead_one_left(config: Config, capsys) -> None:
