@@ -1,8 +1,8 @@
 """Draw pictures: from prompts and seeds to PNG-ready images, as a pure function of rows.
 
-The family makes a table of steps and `solvers` advances all rows by it; rows are independent of each other. For the same
-seed the result equals the family's diffusers pipeline. Noise comes from a CPU generator per row: the picture does not
-depend on the batch or the device.
+The family makes a table of steps and `solvers` advances all rows by it; rows are independent of each other. For the
+same seed the result equals the family's diffusers pipeline. Noise comes from a CPU generator per row: the picture does
+not depend on the batch or the device.
 
 Shape letters: B rows, C channels, H, W latent height and width, S steps.
 """

@@ -144,7 +144,7 @@ def _sigma_schedule(timestep_S: Tensor, sigmas: Tensor, noise_scale: float) -> S
 
 
 def flow_table(sigmas: Tensor, solver: str | None, start: int = 0) -> StepTable:
-    """Return the table of a flow-matching model from its noise levels (S + 1, from noise to 0; sigma = timestep / 1000).
+    """Return the table of a flow-matching model from its S + 1 noise levels, from noise to 0 (timestep = 1000 * sigma).
 
     `start` leaves out the first steps (image to image).
     """
@@ -177,7 +177,9 @@ def make_table(schedule: Schedule, prediction: str, second_order: bool, last_is_
     columns[:, MOVE] = (push_S + bend_S) * clean_move_S
     columns[:, CARRY] = -bend_S
     columns[:, CLEAN_KEEP], columns[:, CLEAN_MOVE] = clean_keep_S, clean_move_S
-    columns[:, NEXT_SIGNAL], columns[:, NEXT_SPREAD] = schedule.next_signal_S, schedule.next_spread_S
+    # As noisy as the next step begins, and not at all after the last: what repair puts back.
+    columns[:-1, NEXT_SIGNAL], columns[:-1, NEXT_SPREAD] = signal_S[1:], spread_S[1:]
+    columns[-1:, NEXT_SIGNAL], columns[-1:, NEXT_SPREAD] = 1, 0
     if not torch.isfinite(columns).all():
         raise InputError(
             f"solver expected a schedule with some signal at every step of a model that predicts {prediction},"

@@ -139,7 +139,11 @@ def encode_ids(text_encoder: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
 
 def call_denoiser(denoiser: Any, latents_BCHW: Tensor, timestep_B: Tensor, text: TextStates) -> Tensor:
     """Return noise minus data, same shape as the latents. `timestep_B` is 1000 * sigma."""
-    captions = [states_LD[mask_L] for states_LD, mask_L in zip(text.states_BLD, text.mask_BL, strict=True)]
+    if text.num_tokens is None:
+        captions = [states_LD[mask_L] for states_LD, mask_L in zip(text.states_BLD, text.mask_BL, strict=True)]
+    else:
+        # The same without asking the device how many tokens count.
+        captions = [states_LD[:length] for states_LD, length in zip(text.states_BLD, text.num_tokens, strict=True)]
     frames = list(latents_BCHW.unsqueeze(2).unbind(0))
     velocity = denoiser(frames, (1000 - timestep_B) / 1000, captions, return_dict=False)[0]
     return -torch.stack([frame.squeeze(1) for frame in velocity])
