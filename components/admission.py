@@ -131,6 +131,8 @@ class FairQueue(Generic[Row]):
             leaving = [entry for entry in flow.entries if unwanted(entry.row)]
             if leaving:
                 flow.entries = deque(entry for entry in flow.entries if entry not in leaving)
+                # What is not drawn is not charged either.
+                flow.finish = flow.entries[-1].finish if flow.entries else self._virtual
             for entry in leaving:
                 self._left(entry)
                 removed.append(entry.row)
@@ -154,7 +156,9 @@ class FairQueue(Generic[Row]):
         self.pixel_steps -= entry.row.pixel_steps
 
     def _forget_idle(self) -> None:
-        """Drop flows that owe nothing any more, so that keys seen once cost no memory."""
+        """Drop flows that owe nothing any more, so that keys seen once cost no memory; nobody owes an empty queue."""
+        if not self._num_rows:
+            self._virtual = max((flow.finish for flow in self._flows.values()), default=self._virtual)
         idle = [name for name, flow in self._flows.items() if not flow.entries and flow.finish <= self._virtual]
         for name in idle:
             del self._flows[name]
@@ -216,12 +220,17 @@ class StepTimes:
         self._all = _Line()
 
     def observe(self, shape: Hashable, pixel_steps: int, seconds: float) -> None:
-        self._lines.setdefault(shape, _Line()).add(pixel_steps, seconds)
+        """Take note of a step; the first of each shape is left out, since it pays for what is set up once."""
+        if shape not in self._lines:
+            self._lines[shape] = _Line()
+            return
+        self._lines[shape].add(pixel_steps, seconds)
         self._all.add(pixel_steps, seconds)
 
     def seconds(self, shape: Hashable, pixel_steps: int) -> float | None:
         """Return the expected seconds of one step; None before anything was measured."""
-        line = self._lines.get(shape, self._all)
+        own = self._lines.get(shape)
+        line = own if own is not None and own.weight else self._all
         return line.at(pixel_steps) if line.weight else None
 
     @property

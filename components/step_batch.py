@@ -45,6 +45,8 @@ class StepBatchEngine:
                 f"max_batch_rows expected at least 2, found {self.limits.max_batch_rows}: guidance needs two"
             )
         self.counters = EngineCounters()
+        self.broken: Exception | None = None
+        """What ended the loop's thread, if something did: such an engine draws nothing more."""
         self._clock, self._on_dropped = clock, on_dropped
         self._lock = threading.Condition()
         self._versions: dict[str, Version] = {}
@@ -181,25 +183,13 @@ class StepBatchEngine:
                 f"picture expected at most {self.limits.max_live_pixels} pixels (max_live_pixels), found {largest}"
             )
         try:
-            self._check_deadline(accepted)
+            self._loop.check_deadline(accepted, self._decode.picture_s)
             self._loop.queue.push(accepted.rows, self._loop.times.rate)
         except (DeadlineError, QueueFullError):
             self.counters.refused += 1
             raise
         self._requests[request.request_id] = accepted
         self._lock.notify_all()
-
-    def _check_deadline(self, accepted: AcceptedRequest) -> None:
-        limit_s = accepted.request.deadline_s
-        expected = None if limit_s is None else self._loop.expected_s(accepted)
-        if limit_s is None or expected is None:
-            return
-        waiting_s, drawing_s = expected[0], expected[1] + self._decode.picture_s
-        if waiting_s + drawing_s > limit_s:
-            raise DeadlineError(
-                f"deadline_s expected at least {waiting_s + drawing_s:.2f} at the measured speed ({waiting_s:.2f} s"
-                f" waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}; ask for fewer steps or a later deadline"
-            )
 
     # The loop
 
@@ -221,12 +211,21 @@ class StepBatchEngine:
         self._decode.close()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._wait_for_work():
+                self.step()
+        except Exception as error:  # a fault of the loop itself: nobody may wait for ever, and health must show it
+            logger.exception("the denoising loop ended")
             with self._lock:
-                self._lock.wait_for(lambda: self._closing or self._loop.busy)
-                if not self._loop.busy:
-                    return
-            self.step()
+                self.broken, self._closing = error, True
+                left = list(self._requests.values())
+            for accepted in left:
+                self._fail(accepted, error)
+
+    def _wait_for_work(self) -> bool:
+        with self._lock:
+            self._lock.wait_for(lambda: self._closing or self._loop.busy)
+            return self._loop.busy
 
     def step(self) -> bool:
         """Let rows leave and join, make one step, hand over what is finished; False when there is nothing to do."""

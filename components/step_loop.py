@@ -18,6 +18,7 @@ from torch import Tensor
 
 from components.admission import FairQueue, FairShares, Room, StepTimes
 from components.engine_status import EngineCounters, EngineLimits
+from components.errors import DeadlineError
 from components.live_rows import AcceptedRequest, Group, LiveRow
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -60,6 +61,19 @@ class StepLoop:
         """What is still to be made, of rows at work and rows that wait."""
         live = (row for group in self._groups.values() for row in group.rows)
         return self.queue.pixel_steps + sum(row.step_pixels * row.steps_left for row in live)
+
+    def check_deadline(self, accepted: AcceptedRequest, decode_s: float) -> None:
+        """Under the lock: DeadlineError with the numbers when the measured speed says that a new request comes late."""
+        limit_s = accepted.request.deadline_s
+        expected = None if limit_s is None else self.expected_s(accepted)
+        if limit_s is None or expected is None:
+            return
+        waiting_s, drawing_s = expected[0], expected[1] + decode_s
+        if waiting_s + drawing_s > limit_s:
+            raise DeadlineError(
+                f"deadline_s expected at least {waiting_s + drawing_s:.2f} at the measured speed ({waiting_s:.2f} s"
+                f" waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}; ask for fewer steps or a later deadline"
+            )
 
     def expected_s(self, accepted: AcceptedRequest) -> tuple[float, float] | None:
         """Under the lock: seconds a new request would wait and draw, None before anything was measured.
