@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-batch-rows", type=int, default=32)
+    parser.add_argument("--max-batch-rows", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)

@@ -1,7 +1,9 @@
 """The engine: a seed's picture does not depend on company, every request ends once, and old rows keep old weights."""
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -455,6 +457,22 @@ def test_what_can_never_be_drawn_is_refused_at_once() -> None:
     desk.finish()
     assert isinstance(desk.inbox.end_of("r"), Done)
     desk.engine.close()
+
+
+def test_ended_requests_leave_nothing_behind(desk: Desk) -> None:
+    kept = []
+    for number in range(6):
+        desk.ask(f"r{number}", picture(seed=number), partial_images=1)
+        kept.append(weakref.ref(desk.engine._requests[f"r{number}"]))
+        desk.engine.step()
+    desk.engine.cancel("r5")
+    desk.finish()
+    for number in range(6):
+        desk.inbox.end_of(f"r{number}")
+    desk.engine.close()
+    gc.collect()
+    assert [request() for request in kept] == [None] * 6
+    assert not desk.engine._loop._groups and not desk.engine._requests
 
 
 def test_a_receiver_that_raises_disturbs_nobody(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
