@@ -112,7 +112,8 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
         say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
         device = "cuda" if config.serve.gpus_per_replica else "cpu"
-        source = ModelSource(FACTORY, painter_arguments(config, model, device), config.name)
+        arguments = painter_arguments(config, model, device)
+        source = ModelSource(FACTORY, arguments, config.name, str(workspace.root))
         with endpoint(source, config.serve, config.placement) as url:
             listen()
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-
 from cluster.painter_thread import PainterThread, QueueFullError
 
 
