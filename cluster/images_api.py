@@ -85,5 +85,6 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
     async def ready() -> JSONResponse:
         bridge = desk.bridge
         state = "failed" if bridge.problem else bridge.state
-        status = {"status": state, "error": bridge.error or bridge.problem, **provenance_of(bridge.info)}
+        error = bridge.error or bridge.problem or bridge.swap_error
+        status = {"status": state, "error": error, **provenance_of(bridge.info)}
         return JSONResponse(status, status_code=200 if state == "ready" else 503)

@@ -22,7 +22,7 @@ READY_LIMIT_S = 60.0
 
 
 def painter_arguments(
-    pipeline: Path, keys: Path, limits: ServeSection = ServeSection(), resolution_px: int = 32, **facts: Any
+    pipeline: Path, keys: Path, limits: ServeSection, resolution_px: int = 32, **facts: Any
 ) -> dict[str, Any]:
     """What `flows.paint.make_painter` is given, for a diffusers directory and a folder of keys."""
     model = {"directory": str(pipeline), "device": "cpu", "resolution_px": resolution_px, "fallback_px": 16}
@@ -60,6 +60,23 @@ def listening(app: Any) -> Iterator[str]:
             thread.join(20)
 
 
+@contextmanager
+def open_desk(
+    pipeline: Path, folder: Path, limits: ServeSection, follow: Follow | None = None, **more: Any
+) -> Iterator[Desk]:
+    """What the routes draw with, once it is ready: a diffusers directory behind an engine, `folder` as workspace."""
+    arguments = painter_arguments(pipeline, folder / "keys", limits, **more)
+    bridge = PainterBridge("flows.paint:make_painter", arguments, follow)
+    desk = Desk(bridge, limits, "fresco", folder)
+    try:
+        wait_for(lambda: bridge.state != "loading")
+        assert bridge.state == "ready", bridge.error
+        yield desk
+    finally:
+        bridge.close()
+        desk.close()
+
+
 @dataclass(frozen=True)
 class Endpoint:
     url: str
@@ -75,18 +92,7 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(
-    pipeline: Path, folder: Path, limits: ServeSection, follow: Follow | None = None, **more: Any
-) -> Iterator[Endpoint]:
-    """A ready endpoint for a diffusers directory, with `folder` as its workspace."""
-    arguments = painter_arguments(pipeline, folder / "keys", limits, **more)
-    bridge = PainterBridge("flows.paint:make_painter", arguments, follow)
-    desk = Desk(bridge, limits, "fresco", folder)
-    try:
-        wait_for(lambda: bridge.state != "loading")
-        assert bridge.state == "ready", bridge.error
-        with listening(make_app(desk)) as url:
-            yield Endpoint(url, desk)
-    finally:
-        bridge.close()
-        desk.close()
+def endpoint(pipeline: Path, folder: Path, limits: ServeSection, **more: Any) -> Iterator[Endpoint]:
+    """A desk behind the real routes on a socket."""
+    with open_desk(pipeline, folder, limits, **more) as desk, listening(make_app(desk)) as url:
+        yield Endpoint(url, desk)

@@ -1,139 +1,219 @@
-"""The model's thread: loading, order, the limit on waiting requests, and callers that leave."""
+"""The bridge: loading, events in order, callers that leave at any moment, names, and what follows the champion.
+
+The painter here stands at the border that the contract draws: it ends its requests when the test says so.
+"""
 
 import asyncio
 import sys
 import threading
-import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import pytest
-from cluster.painter_thread import PainterThread, QueueFullError
+
+from cluster.api_errors import ApiError, once
+from cluster.images_schema import ImagesRequest, make_order
+from cluster.painter_bridge import Follow, PainterBridge
+from cluster.painter_contract import Finished, Job, Partial, Receiver
+from cluster.placement import ServeSection
+from tests.endpoint import wait_for
+
+INFO = {"width_px": 16, "height_px": 16, "size_multiple_px": 8, "min_side_px": 16, "model_version": 3}
+FINISHED = Finished((b"picture",), "16x16", {"model_version": 3}, ())
 
 
-class GatedPainter:
-    """Draws only when its gate is open, and remembers what it drew."""
+class HeldPainter:
+    """Accepts while its gate is open, and ends a request only when it is told to."""
+
+    encoder = None
 
     def __init__(self, error: str = "") -> None:
         self.error = error
         self.gate = threading.Event()
         self.gate.set()
-        self.started = threading.Semaphore(0)
-        self.drawn: list[Any] = []
+        self.entered = threading.Event()
+        self.at_work: dict[str, Receiver] = {}
+        self.cancelled: list[str] = []
+        self.swapped: list[Mapping[str, Any]] = []
+        self.closed = False
 
-    def info(self) -> dict[str, Any]:
-        return {"warm_up": {"prompt": "warm up"}, "model_version": 3}
-
-    def draw(self, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    def warm_up(self) -> None:
         if self.error:
             raise ValueError(self.error)
-        self.started.release()
+
+    def info(self) -> dict[str, Any]:
+        return dict(INFO)
+
+    def submit(self, job: Job, receive: Receiver) -> None:
+        self.entered.set()
         assert self.gate.wait(30)
-        self.drawn += [row["prompt"] for row in rows]
-        return [str(row["prompt"]).encode() for row in rows]
+        if job.request_id == "refused!":
+            raise ApiError("not this one")
+        self.at_work[job.request_id] = receive
+
+    def cancel(self, request_id: str) -> bool:
+        receive = self.at_work.pop(request_id, None)
+        if receive is None:
+            return False
+        self.cancelled.append(request_id)
+        receive(end_cancelled)
+        return True
+
+    def problem(self) -> str:
+        return ""
+
+    def swap(self, arguments: Mapping[str, Any]) -> None:
+        if arguments.get("error"):
+            raise ValueError(arguments["error"])
+        self.swapped.append(arguments)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def end_cancelled() -> Finished:
+    raise once(499, "the request was cancelled", "request_cancelled")
 
 
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> GatedPainter:
-    painter = GatedPainter()
-    module = types.ModuleType("gated_painter")
-    module.make = lambda error="": GatedPainter(error) if error else painter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "gated_painter", module)
+def held(monkeypatch: pytest.MonkeyPatch) -> HeldPainter:
+    painter = HeldPainter()
+    module = types.ModuleType("held_painter")
+    module.wanted = {}  # type: ignore[attr-defined]
+    module.make = lambda error="": HeldPainter(error) if error else painter  # type: ignore[attr-defined]
+    module.resolve = lambda: module.wanted  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "held_painter", module)
     return painter
 
 
 @pytest.fixture
-def thread(gated: GatedPainter) -> Iterator[PainterThread]:
-    thread = PainterThread("gated_painter:make", {}, max_queue=2)
-    wait_for(lambda: thread.state == "ready")
-    assert gated.started.acquire(timeout=5)
-    yield thread
-    gated.gate.set()
-    thread.close()
+def bridge(held: HeldPainter) -> Iterator[PainterBridge]:
+    with closing(PainterBridge("held_painter:make", {})) as bridge:
+        wait_for(lambda: bridge.state == "ready")
+        yield bridge
+    assert held.closed
 
 
-def wait_for(condition: Any, limit_s: float = 10) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        threading.Event().wait(0.005)
+def job(name: str, key: str = "") -> Job:
+    return Job(name, make_order(ImagesRequest(prompt="x"), ServeSection(), INFO), key)
 
 
-def rows(*prompts: str) -> list[dict[str, Any]]:
-    return [{"prompt": prompt} for prompt in prompts]
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
-def test_painter_is_ready_only_after_a_first_drawing(thread: PainterThread, gated: GatedPainter) -> None:
-    assert gated.drawn == ["warm up"]
-    assert thread.info["model_version"] == 3
-    assert asyncio.run(thread.draw(rows("a", "b"))) == [b"a", b"b"]
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
 
 
-def test_painter_that_cannot_load_says_why(gated: GatedPainter, capfd: pytest.CaptureFixture[str]) -> None:
-    thread = PainterThread("gated_painter:make", {"error": "weights are damaged"}, max_queue=1)
-    wait_for(lambda: thread.state == "failed")
-    assert thread.error == "ValueError: weights are damaged"
-    assert "Traceback" in capfd.readouterr().err
-    with pytest.raises(RuntimeError, match="weights are damaged"):
-        asyncio.run(thread.draw(rows("a")))
-    thread.close()
+def test_events_come_in_order_and_the_last_one_ends_the_drawing(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def draw() -> list[Any]:
+        drawing = await bridge.submit(job("first"))
+        receive = held.at_work["first"]
+        for event in (Partial(0, 0, b"early"), None, FINISHED):
+            receive(lambda event=event: event)  # type: ignore[misc]
+        with closing(drawing):
+            return [event async for event in drawing]
+
+    assert run(draw()) == [Partial(0, 0, b"early"), FINISHED]
+    assert bridge._keys == {}
+
+
+def test_painter_that_cannot_load_says_why(held: HeldPainter, capfd: pytest.CaptureFixture[str]) -> None:
+    with closing(PainterBridge("held_painter:make", {"error": "weights are damaged"})) as bridge:
+        wait_for(lambda: bridge.state == "failed")
+        assert bridge.error == "ValueError: weights are damaged" and "weights" in bridge.problem
+        assert "Traceback" in capfd.readouterr().err
+        with pytest.raises(ApiError, match="weights are damaged") as refused:
+            run(bridge.submit(job("first")))
+        assert refused.value.status == 503 and refused.value.headers["Retry-After"]
 
 
 def test_painter_with_a_missing_factory_says_why(capfd: pytest.CaptureFixture[str]) -> None:
-    thread = PainterThread("no_such_module:make", {}, max_queue=1)
-    wait_for(lambda: thread.state == "failed")
-    assert "no_such_module" in thread.error
-    thread.close()
+    with closing(PainterBridge("no_such_module:make", {})) as bridge:
+        wait_for(lambda: bridge.state == "failed")
+        assert "no_such_module" in bridge.error and bridge.info == {}
 
 
-def test_one_request_more_than_may_wait_is_refused_at_once(thread: PainterThread, gated: GatedPainter) -> None:
-    async def crowd() -> list[Any]:
-        gated.gate.clear()
-        waiting = [asyncio.ensure_future(thread.draw(rows(name))) for name in "abc"]
+def test_refusal_reaches_the_caller_and_leaves_no_name_behind(bridge: PainterBridge) -> None:
+    for _ in range(2):
+        with pytest.raises(ApiError, match="not this one"):
+            run(bridge.submit(job("refused!")))
+    wait_for(lambda: bridge._keys == {})
+
+
+def test_caller_that_leaves_while_it_waits_ends_its_request(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def leave() -> None:
+        drawing = await bridge.submit(job("first"))
+        waiting = asyncio.ensure_future(drawing.finished())
         await asyncio.sleep(0)
-        with pytest.raises(QueueFullError, match="2 requests are waiting"):
-            await thread.draw(rows("d"))
-        assert thread.retry_after_s >= 1
-        gated.gate.set()
-        return await asyncio.gather(*waiting)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        drawing.close()
+        drawing.close()
 
-    assert asyncio.run(crowd()) == [[b"a"], [b"b"], [b"c"]]
-    assert asyncio.run(thread.draw(rows("e"))) == [b"e"]
+    run(leave())
+    assert held.cancelled == ["first"] and bridge._keys == {}
 
 
-def test_caller_that_leaves_while_waiting_frees_its_place_and_is_not_drawn(
-    thread: PainterThread, gated: GatedPainter
+def test_drawing_that_nobody_iterates_ends_when_it_is_dropped(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def drop() -> None:
+        await bridge.submit(job("first"))
+
+    run(drop())
+    wait_for(lambda: held.cancelled == ["first"])
+
+
+def test_caller_that_leaves_while_its_job_is_being_accepted_leaves_nothing_at_work(
+    bridge: PainterBridge, held: HeldPainter
 ) -> None:
     async def leave() -> None:
-        gated.gate.clear()
-        first, second, third = (asyncio.ensure_future(thread.draw(rows(name))) for name in "abc")
-        await asyncio.to_thread(gated.started.acquire)
-        second.cancel()
-        await asyncio.gather(second, return_exceptions=True)
-        fourth = asyncio.ensure_future(thread.draw(rows("d")))
-        await asyncio.sleep(0)
-        gated.gate.set()
-        assert await asyncio.gather(first, third, fourth) == [[b"a"], [b"c"], [b"d"]]
+        held.gate.clear()
+        submitting = asyncio.ensure_future(bridge.submit(job("first")))
+        await until(held.entered.is_set)
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+        held.gate.set()
+        await until(lambda: held.cancelled == ["first"])
 
-    asyncio.run(leave())
-    assert gated.drawn == ["warm up", "a", "c", "d"]
+    run(leave())
+    wait_for(lambda: bridge._keys == {})
 
 
-def test_caller_that_leaves_while_being_drawn_keeps_its_place_until_the_drawing_ends(
-    thread: PainterThread, gated: GatedPainter
+def test_only_the_key_that_asked_may_cancel_and_a_name_at_work_is_taken(
+    bridge: PainterBridge, held: HeldPainter
 ) -> None:
-    async def leave() -> None:
-        gated.gate.clear()
-        first = asyncio.ensure_future(thread.draw(rows("a")))
-        await asyncio.to_thread(gated.started.acquire)
-        first.cancel()
-        waiting = [asyncio.ensure_future(thread.draw(rows(name))) for name in "bc"]
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFullError):
-            await thread.draw(rows("d"))
-        gated.gate.set()
-        await asyncio.gather(*waiting)
+    async def cancel() -> None:
+        drawing = await bridge.submit(job("first", "studio"))
+        with pytest.raises(ApiError, match="at work") as taken:
+            await bridge.submit(job("first", "other"))
+        assert taken.value.status == 409 and held.cancelled == []
+        assert not bridge.cancel("first", "other") and not bridge.cancel("second", "studio")
+        assert bridge.cancel("first", "studio")
+        with closing(drawing), pytest.raises(ApiError, match="was cancelled"):
+            await drawing.finished()
 
-    asyncio.run(leave())
-    assert gated.drawn == ["warm up", "a", "b", "c"]
+    run(cancel())
+
+
+def test_painter_follows_what_the_resolver_names_and_stays_where_it_cannot(
+    held: HeldPainter, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = sys.modules["held_painter"]
+    follow = Follow("held_painter:resolve", {}, every_s=0.01)
+    with closing(PainterBridge("held_painter:make", {}, follow)) as bridge:
+        wait_for(lambda: bridge.state == "ready")
+        wanted.wanted = {"model": 2}  # type: ignore[attr-defined]
+        wait_for(lambda: held.swapped == [{"model": 2}])
+        wanted.wanted = {"error": "no such file"}  # type: ignore[attr-defined]
+        wait_for(lambda: bridge.swap_error == "ValueError: no such file")
+        assert bridge.state == "ready"
+        wanted.wanted = None  # type: ignore[attr-defined]
+        wanted.wanted = {"model": 3}  # type: ignore[attr-defined]
+        wait_for(lambda: held.swapped == [{"model": 2}, {"model": 3}])
+        wait_for(lambda: bridge.swap_error == "")
+    assert "goes on" in caplog.text
