@@ -7,7 +7,7 @@ gone, streamed or not. What was drawn is offered to capture after the answer has
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -91,8 +91,8 @@ class Desk:
             self._capture.close()
 
 
-def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller) -> None:
-    """Let `app` draw; `caller` admits a request and says whose it is."""
+def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller, reader: Caller) -> None:
+    """Let `app` draw; `caller` admits a request and says whose it is, `reader` does so without counting it."""
     Asked = Annotated[ApiKey | None, Depends(caller)]
 
     @app.post(GENERATIONS_ROUTE, responses=ANSWERS, response_model=None)
@@ -105,7 +105,7 @@ def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller) -> None:
         return await _draw(desk, request, body, key, upload, "image_edit")
 
     @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=ERRORS)
-    async def cancel(request_id: str, key: Asked) -> dict[str, Any]:
+    async def cancel(request_id: str, key: Annotated[ApiKey | None, Depends(reader)]) -> dict[str, Any]:
         if not desk.bridge.cancel(request_id, key.name if key else ""):
             message = f"{REQUESTS_ROUTE}/ID expected the x-request-id of a request of yours at work, found none"
             raise ApiError(message, code="not_found", status=404)
@@ -158,10 +158,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             return working.result()
         raise once(GONE_STATUS, "the client has gone", "client_disconnected")
     finally:
-        for task in (working, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, ApiError):
-                await task
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from cluster.answers import provenance_of
 from cluster.api_errors import install_handlers
-from cluster.api_keys import ApiKey, KeyRing, open_keys
+from cluster.api_keys import ApiKey, open_keys
 from cluster.body_limit import BodyLimit, Limit
 from cluster.drawing_routes import EDITS_ROUTE, Desk, add_drawing_routes
 from cluster.images_schema import ImagesRequest
@@ -40,10 +40,13 @@ def make_app(desk: Desk) -> ASGIApp:
     def caller(request: Request) -> ApiKey | None:
         return keys.admit(request.headers.get("authorization")) if keys else None
 
-    add_drawing_routes(app, desk, caller)
+    def reader(request: Request) -> ApiKey | None:
+        return keys.admit(request.headers.get("authorization"), counted=False) if keys else None
+
+    add_drawing_routes(app, desk, caller, reader)
     add_route(app, desk.pictures)
     _add_page(app)
-    _add_models(app, desk, keys)
+    _add_models(app, desk, Depends(reader))
     _add_health(app, desk)
     return RequestIds(app)
 
@@ -55,21 +58,17 @@ def _add_page(app: FastAPI) -> None:
         return HTMLResponse(TRY_PAGE.read_text(), headers={"Content-Security-Policy": PAGE_MAY_LOAD})
 
 
-def _add_models(app: FastAPI, desk: Desk, keys: KeyRing | None) -> None:
-    def reader(request: Request) -> None:
-        if keys:
-            keys.admit(request.headers.get("authorization"), counted=False)
-
+def _add_models(app: FastAPI, desk: Desk, admitted: Any) -> None:
     def card() -> dict[str, Any]:
         info = desk.bridge.info
         named = {"id": desk.name, "object": "model", "created": info.get("created", 0), "owned_by": "fresco"}
         return {**named, **provenance_of(info)}
 
-    @app.get("/v1/models", dependencies=[Depends(reader)])
+    @app.get("/v1/models", dependencies=[admitted])
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card()]}
 
-    @app.get("/v1/models/{model_id:path}", dependencies=[Depends(reader)])
+    @app.get("/v1/models/{model_id:path}", dependencies=[admitted])
     async def model(model_id: str) -> dict[str, Any]:
         desk.check_model(model_id)
         return card()

@@ -20,9 +20,9 @@ from components.signing_key import read_public_keys
 from tests.endpoint import Endpoint, endpoint, wait_for
 
 LIMITS = ServeSection(
-    default_steps=2, max_images=4, max_steps=2000, max_side_px=64, max_queue=16, capture_share=1.0, max_deadline_s=60
+    default_steps=2, max_images=4, max_steps=1000, max_side_px=64, max_queue=16, capture_share=1.0, max_deadline_s=60
 )
-LONG = 2000
+LONG = 1000
 """Steps that nobody waits for: what asks for so many is cancelled."""
 
 
