@@ -46,6 +46,18 @@ class Workspace:
         return self.root / "reports"
 
     @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def captured(self) -> Path:
+        return self.root / "captured"
+
+    @property
+    def pictures(self) -> Path:
+        return self.root / "pictures"
+
+    @property
     def journal(self) -> Path:
         return self.root / "journal.jsonl"
 

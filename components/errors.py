@@ -23,3 +23,16 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
     on_all_ranks = True
     """Raised by every rank at the same place, so that they can go on to other work together."""
+
+
+class QueueFullError(RuntimeError):
+    """As much waits as may wait; `retry_after_s` says when some of it will be gone, where the speed is known."""
+
+    exit_code = 1
+    retry_after_s: float | None = None
+
+
+class DeadlineError(RuntimeError):
+    """A picture cannot be, or was not, ready in time; nothing is drawn for it any more."""
+
+    exit_code = 1

@@ -47,15 +47,30 @@ class TextStates:
 
     states_BLD: Tensor
     mask_BL: Tensor
+    num_tokens: tuple[int, ...] | None = None
+    """Tokens that count in each row, where they come first and the host knows it: no look at the mask is needed."""
 
     def rows(self, index: Any) -> "TextStates":
-        return TextStates(self.states_BLD[index], self.mask_BL[index])
+        known = self.num_tokens if isinstance(index, list) else None
+        num_tokens = None if known is None else tuple(known[i] for i in index)
+        return TextStates(self.states_BLD[index], self.mask_BL[index], num_tokens)
 
     def cat(self, other: "TextStates") -> "TextStates":
-        return TextStates(torch.cat([self.states_BLD, other.states_BLD]), torch.cat([self.mask_BL, other.mask_BL]))
+        unknown = self.num_tokens is None or other.num_tokens is None
+        num_tokens = None if unknown else (self.num_tokens or ()) + (other.num_tokens or ())
+        states_BLD = torch.cat([self.states_BLD, other.states_BLD])
+        return TextStates(states_BLD, torch.cat([self.mask_BL, other.mask_BL]), num_tokens)
 
     def to(self, device: Any, dtype: Any) -> "TextStates":
-        return TextStates(self.states_BLD.to(device, dtype), self.mask_BL.to(device))
+        return TextStates(self.states_BLD.to(device, dtype), self.mask_BL.to(device), self.num_tokens)
+
+    def counted(self) -> "TextStates":
+        """Return the same with `num_tokens`, where the tokens that count come first; reads the mask on the host."""
+        count_B = self.mask_BL.sum(1)
+        first_BL = torch.arange(self.mask_BL.shape[1], device=count_B.device) < count_B.unsqueeze(1)
+        if not torch.equal(first_BL, self.mask_BL):
+            return self
+        return TextStates(self.states_BLD, self.mask_BL, tuple(count_B.tolist()))
 
 
 def embedded_base() -> Path:

@@ -1,9 +1,8 @@
 """Draw pictures: from prompts and seeds to PNG-ready images, as a pure function of rows.
 
-Every solver here is one linear update a step, x <- keep * x + move * prediction, with a table of (timestep, keep, move)
-that the family makes; so rows are independent of each other and the loop has no state but the latents. For the same
-seed the result equals the family's diffusers pipeline. Noise comes from a CPU generator per row: the picture does not
-depend on the batch or the device.
+The family makes a table of steps and `solvers` advances all rows by it; rows are independent of each other. For the
+same seed the result equals the family's diffusers pipeline. Noise comes from a CPU generator per row: the picture does
+not depend on the batch or the device.
 
 Shape letters: B rows, C channels, H, W latent height and width, S steps.
 """
@@ -26,6 +25,7 @@ from components.models import (
     family_named,
     latent_factor,
 )
+from components.solvers import TIMESTEP, advance
 
 Predict = Callable[[Tensor, Tensor, TextStates], Tensor]
 """(latents_BCHW, timestep_B, text) -> prediction_BCHW."""
@@ -96,17 +96,18 @@ def sample_latents(
     first = requests[0]
     x_BCHW = initial_latents(parts, requests).to(text.states_BLD.device)
     cells = x_BCHW.shape[-1] * x_BCHW.shape[-2]
-    timestep_S, keep_S, move_S = family.step_table(parts, first.steps, cells)
+    table = family.step_table(parts, first.steps, cells)
+    x_BCHW = table.noise_scale * x_BCHW
     guided = family.uses_guidance(first.guidance_scale)
     scale_B111 = torch.tensor([r.guidance_scale for r in requests], device=x_BCHW.device).view(-1, 1, 1, 1)
     states = text.cat(negative) if guided else text
-    for timestep, keep, move in zip(timestep_S.tolist(), keep_S.tolist(), move_S.tolist(), strict=True):
+    clean_BCHW = torch.zeros_like(x_BCHW)
+    for columns_K in table.columns_SK.to(x_BCHW.device):
         rows_BCHW = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
-        timestep_B = torch.full((len(rows_BCHW),), timestep, device=x_BCHW.device)
-        prediction = predict(rows_BCHW, timestep_B, states).float()
+        prediction = predict(rows_BCHW, columns_K[TIMESTEP].expand(len(rows_BCHW)), states).float()
         if guided:
             prediction = family.guide(*prediction.chunk(2), scale_B111)
-        x_BCHW = keep * x_BCHW + move * prediction
+        x_BCHW, clean_BCHW = advance(x_BCHW, prediction, clean_BCHW, columns_K.expand(len(x_BCHW), -1))
     return x_BCHW
 
 

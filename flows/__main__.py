@@ -198,9 +198,14 @@ def serve(
     shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End the detached endpoint of this workspace.")] = False,
+    new_key: Annotated[str, typer.Option("--new-key", help="Make an API key of this name, show it once, end.")] = "",
 ) -> None:
     """Serve the champion over HTTP in the shape of the OpenAI Images API; blocks until Ctrl-C."""
-    shared.run("serve", lambda flow, config: flow.run(config, detach=detach, stop=stop))
+
+    def call(flow: Any, config: Any) -> Any:
+        return flow.make_key(config, new_key) if new_key else flow.run(config, detach=detach, stop=stop)
+
+    shared.run("serve", call)
 
 
 @verb
@@ -217,14 +222,45 @@ def generate(
     model: Annotated[str | None, typer.Option("--model", help="Draw here with MODEL instead of the endpoint.")] = None,
     url: Annotated[str | None, typer.Option("--url", help="Endpoint to ask; default: this workspace's.")] = None,
 ) -> None:
-    """Draw pictures: from the workspace's endpoint, or locally with --model."""
+    """Draw pictures: from the workspace's endpoint, or locally with --model. [FRESCO_API_KEY]"""
 
     def call(flow: Any, config: Any) -> dict[str, Any]:
-        wish = flow.Wish(n, seed, steps, guidance_scale, negative_prompt, size)
+        wish = flow.Wish(n, seed, steps, guidance_scale, negative_prompt, size, os.environ.get("FRESCO_API_KEY"))
         result: dict[str, Any] = flow.run(config, prompts, out, wish, model, url)
         return result
 
     shared.run("generate", call)
+
+
+@verb
+def load(
+    shared: Shared,
+    urls: Annotated[list[str], typer.Argument(help="One URL, or two to compare.")],
+    rate: Annotated[float, typer.Option("--rate", help="Requests a second, on average.")] = 1.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long requests arrive.")] = 60.0,
+    deadline: Annotated[float, typer.Option("--deadline", help="Seconds within which a picture counts.")] = 30.0,
+    sizes: Annotated[str, typer.Option("--sizes", help="WIDTHxHEIGHT or auto, with commas between.")] = "auto",
+    steps: Annotated[str, typer.Option("--steps", help="LOWEST-HIGHEST number of denoising steps.")] = "8-40",
+    seed: Annotated[int, typer.Option("--seed", help="Draws arrivals and requests.")] = 0,
+) -> None:
+    """Send the same random load to one endpoint or two: throughput, latency, errors, goodput. [FRESCO_API_KEY]"""
+
+    def call(flow: Any, config: Any) -> dict[str, Any]:
+        mix = flow.make_mix(rate, seconds, sizes, steps, seed)
+        result: dict[str, Any] = flow.run(config, urls, mix, deadline, api_key=os.environ.get("FRESCO_API_KEY"))
+        return result
+
+    shared.run("load", call)
+
+
+@verb
+def verify(
+    shared: Shared,
+    file: Annotated[str, typer.Argument(help="A PNG, JPEG or WebP file.")],
+    key: Annotated[str | None, typer.Option("--key", help="Public key to trust; default: the workspace's.")] = None,
+) -> None:
+    """Say whether FILE was drawn by this workspace's endpoint and is unchanged since."""
+    shared.run("verify", lambda flow, config: flow.run(config, file, key))
 
 
 @verb

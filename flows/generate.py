@@ -1,15 +1,17 @@
 """fresco generate: PNG files for prompts, from the workspace's endpoint, from any URL, or from a model on this machine.
 
-Each file carries its prompt, seed and model version as PNG text. Existing files are never overwritten.
+A file drawn here carries its prompt, seed and model version as PNG text; one from an endpoint carries the endpoint's
+signed record, which never holds the prompt. Existing files are never overwritten.
 """
 
 import base64
+import io
 import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -20,9 +22,14 @@ from flows.config import Config
 from flows.console import say
 from flows.serve import endpoint_of
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 CONNECT_TIMEOUT_S = 10.0
 DRAWING_TIMEOUT_S = 600.0
 NAME_CHARS = 40
+ROW_TEXTS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale")
+MODEL_TEXTS = ("model_version", "dataset", "run_id")
 HERE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -36,11 +43,13 @@ class Wish:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     size: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """Key of the endpoint; not part of what is drawn."""
 
     def body(self, prompt: str) -> dict[str, Any]:
         """Return the JSON body of one request."""
         fields = {"prompt": prompt, **self.__dict__}
-        return {key: value for key, value in fields.items() if value is not None}
+        return {key: value for key, value in fields.items() if value is not None and key != "api_key"}
 
 
 @dataclass(frozen=True)
@@ -112,19 +121,21 @@ def _remote(config: Config, url: str | None) -> Any:
     address = str(url).rstrip("/").removesuffix("/v1")
 
     def draw(prompt: str, wish: Wish) -> Drawn:
-        answer = post(f"{address}/v1/images/generations", wish.body(prompt))
+        answer = post(f"{address}/v1/images/generations", wish.body(prompt), wish.api_key)
         pngs = [base64.b64decode(picture["b64_json"]) for picture in answer["data"]]
         return Drawn(pngs, answer["seeds"], answer["model_version"])
 
     return draw
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def post(url: str, body: dict[str, Any], api_key: str | None = None) -> dict[str, Any]:
     """Send one request; EndpointError with the endpoint's own words when it refuses."""
     try:
         timeout = httpx.Timeout(DRAWING_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # A proxy named in the environment must not stand between this machine and itself.
-        answer = httpx.post(url, json=body, timeout=timeout, trust_env=httpx.URL(url).host not in HERE)
+        remote = httpx.URL(url).host not in HERE
+        headers = bearer(api_key)
+        answer = httpx.post(url, json=body, headers=headers, timeout=timeout, trust_env=remote)
         content = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise EndpointError(
@@ -136,22 +147,44 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     return dict(content)
 
 
+def bearer(api_key: str | None) -> dict[str, str]:
+    """Return the headers that present a key, none without one."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 def _local(config: Config, model: str) -> Any:
     import torch
 
+    from components.sampler import PictureRequest, draw
+    from flows.loaded_model import load_model, model_arguments
     from flows.models import resolve_model
-    from flows.paint import make_painter, painter_arguments
 
     found = resolve_model(config, model)
-    painter = make_painter(**painter_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_model(**model_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
 
-    def draw(prompt: str, wish: Wish) -> Drawn:
-        from cluster.images_api import ApiError, ImagesRequest, make_rows
+    def draw_here(prompt: str, wish: Wish) -> Drawn:
+        from cluster.api_errors import ApiError
+        from cluster.images_schema import ImagesRequest, make_rows
 
         try:
-            rows = make_rows(ImagesRequest(**wish.body(prompt)), config.serve, painter.info())
+            rows = make_rows(ImagesRequest(**wish.body(prompt)), config.serve, loaded.info)
         except ApiError as error:
             raise InputError(error.message) from error
-        return Drawn(painter.draw(rows), [row["seed"] for row in rows], found.version)
+        pictures = draw(loaded.parts, [PictureRequest(**row) for row in rows])
+        pngs = [_png(picture, row, loaded.info) for picture, row in zip(pictures, rows, strict=True)]
+        return Drawn(pngs, [row["seed"] for row in rows], found.version)
 
-    return draw
+    return draw_here
+
+
+def _png(picture: "Image", row: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
+    """Encode a picture that stays here: unlike the endpoint's, it says what was asked."""
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for source, keys in ((row, ROW_TEXTS), (info, MODEL_TEXTS)):
+        for key in keys:
+            texts.add_text(key, str("" if source[key] is None else source[key]))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", pnginfo=texts)
+    return file.getvalue()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from components.models import Parts, TextStates
+from components.solvers import StepTable, diffusion_table
 
 NAME = "stable_diffusion"
 PIPELINES = ("StableDiffusionPipeline",)
@@ -47,7 +48,7 @@ def load(directory: Path, wanted: Collection[str], dtype: torch.dtype) -> Parts:
 def _load_scheduler(directory: Path) -> Any:
     from diffusers import DDIMScheduler
 
-    # The linear update in `step_table` has no clipping; latents are not bounded to [-1, 1] anyway.
+    # The updates in `solvers` have no clipping; latents are not bounded to [-1, 1] anyway.
     scheduler = DDIMScheduler.from_pretrained(directory / "scheduler", clip_sample=False)
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction") or scheduler.config.thresholding:
@@ -178,22 +179,6 @@ def save_lora(directory: Path, layers: dict[str, Tensor]) -> None:
     StableDiffusionPipeline.save_lora_weights(str(directory), unet_lora_layers=layers)
 
 
-def step_table(parts: Parts, steps: int, latent_cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (timestep_S, keep_S, move_S): one DDIM step (Song et al. 2021, eq. 12, eta 0) is keep * x + move * p.
-
-    Substituting x0 and epsilon by the prediction p makes the update linear in x and p, for epsilon and v alike.
-    """
-    scheduler = parts.scheduler
-    scheduler.set_timesteps(steps)
-    timestep_S = scheduler.timesteps.clone()
-    previous_S = timestep_S - scheduler.config.num_train_timesteps // steps
-    alphas = scheduler.alphas_cumprod.double()
-    now_S = alphas[timestep_S]
-    next_S = torch.where(previous_S >= 0, alphas[previous_S.clamp(min=0)], scheduler.final_alpha_cumprod.double())
-    if parts.prediction == "epsilon":
-        keep_S = (next_S / now_S).sqrt()
-        move_S = (1 - next_S).sqrt() - keep_S * (1 - now_S).sqrt()
-    else:
-        keep_S = (next_S * now_S).sqrt() + ((1 - next_S) * (1 - now_S)).sqrt()
-        move_S = ((1 - next_S) * now_S).sqrt() - (next_S * (1 - now_S)).sqrt()
-    return timestep_S.float(), keep_S.float(), move_S.float()
+def step_table(parts: Parts, steps: int, latent_cells: int, solver: str | None = None, start: int = 0) -> StepTable:
+    """Return the solver's table: ddim (default), euler or dpm++2m. `start` leaves out the first steps."""
+    return diffusion_table(parts.scheduler, parts.prediction, steps, solver, start)

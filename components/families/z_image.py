@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from components.models import Parts, TextStates
+from components.solvers import StepTable, flow_table
 
 NAME = "z_image"
 PIPELINES = ("ZImagePipeline",)
@@ -138,7 +139,11 @@ def encode_ids(text_encoder: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
 
 def call_denoiser(denoiser: Any, latents_BCHW: Tensor, timestep_B: Tensor, text: TextStates) -> Tensor:
     """Return noise minus data, same shape as the latents. `timestep_B` is 1000 * sigma."""
-    captions = [states_LD[mask_L] for states_LD, mask_L in zip(text.states_BLD, text.mask_BL, strict=True)]
+    if text.num_tokens is None:
+        captions = [states_LD[mask_L] for states_LD, mask_L in zip(text.states_BLD, text.mask_BL, strict=True)]
+    else:
+        # The same without asking the device how many tokens count.
+        captions = [states_LD[:length] for states_LD, length in zip(text.states_BLD, text.num_tokens, strict=True)]
     frames = list(latents_BCHW.unsqueeze(2).unbind(0))
     velocity = denoiser(frames, (1000 - timestep_B) / 1000, captions, return_dict=False)[0]
     return -torch.stack([frame.squeeze(1) for frame in velocity])
@@ -173,18 +178,17 @@ def save_lora(directory: Path, layers: dict[str, Tensor]) -> None:
     ZImagePipeline.save_lora_weights(str(directory), transformer_lora_layers=layers)
 
 
-def step_table(parts: Parts, steps: int, latent_cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (timestep_S, keep_S, move_S): one Euler step is x + (next sigma - sigma) * velocity.
+def step_table(parts: Parts, steps: int, latent_cells: int, solver: str | None = None, start: int = 0) -> StepTable:
+    """Return the solver's table: euler (default) or dpm++2m. `start` leaves out the first steps.
 
     `latent_cells` is height x width of the latents: the sigma shift grows with the picture where the scheduler asks
     for it (Esser et al. 2024, section 5.3.2).
     """
-    scheduler = parts.scheduler
+    scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
     config = scheduler.config
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
     tokens = latent_cells // 4
     mu = config.get("base_shift", 0.5) + slope * (tokens - low)
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
-    sigmas = scheduler.sigmas.float()
-    return scheduler.timesteps.float(), torch.ones(steps), sigmas[1:] - sigmas[:-1]
+    return flow_table(scheduler.sigmas, solver, start)

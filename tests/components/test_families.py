@@ -95,6 +95,19 @@ def test_denoiser_of_z_image_ignores_padding_of_the_captions() -> None:
     assert torch.equal(call(parts, latents, timestep_B, text), call(parts, latents, timestep_B, changed))
 
 
+def test_denoiser_of_z_image_reads_counted_tokens_as_it_reads_the_mask() -> None:
+    parts = make_tiny("z_image")
+    text = encode_text(parts, CAPTIONS)
+    counted = text.counted()
+    assert counted.num_tokens == tuple(text.mask_BL.sum(1).tolist())
+    assert counted.cat(counted).rows([3, 0]).num_tokens == counted.rows([1, 0]).num_tokens
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    timestep_B = torch.tensor([100.0, 500.0])
+    assert torch.equal(call(parts, latents, timestep_B, text), call(parts, latents, timestep_B, counted))
+    scattered = TextStates(text.states_BLD, text.mask_BL.flip(1))
+    assert scattered.counted().num_tokens is None, "tokens that do not come first cannot be counted off"
+
+
 def test_prediction_of_z_image_is_noise_minus_data_at_a_thousand_sigma() -> None:
     parts = make_tiny("z_image")
     text = encode_text(parts, CAPTIONS[:1])

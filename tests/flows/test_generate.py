@@ -1,7 +1,9 @@
 """generate: files with their provenance, never one written over another, and what is said when nobody draws."""
 
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -63,6 +65,21 @@ def test_without_an_endpoint_the_two_ways_on_are_told(config: Config, tmp_path: 
         generate.run(config, ["x"], str(tmp_path))
     with pytest.raises(EndpointError, match=r"expected to answer at http://127.0.0.1:9/v1/images/generations"):
         generate.run(config, ["x"], str(tmp_path), url="http://127.0.0.1:9/v1/")
+
+
+def test_key_is_presented_to_the_endpoint_and_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    wish = Wish(n=2, api_key="fresco-secret")
+    assert wish.body("x") == {"prompt": "x", "n": 2} and "secret" not in repr(wish)
+    sent: dict[str, Any] = {}
+
+    def answer(url: str, **options: Any) -> httpx.Response:
+        sent.update(options)
+        return httpx.Response(401, json={"error": {"message": "unknown key"}})
+
+    monkeypatch.setattr(httpx, "post", answer)
+    with pytest.raises(EndpointError, match="status 401: unknown key") as refused:
+        generate.post("http://127.0.0.1:9/v1/images/generations", wish.body("x"), wish.api_key)
+    assert sent["headers"] == {"Authorization": "Bearer fresco-secret"} and "secret" not in str(refused.value)
 
 
 def test_wrong_commands_are_refused(config: Config, tmp_path: Path) -> None:

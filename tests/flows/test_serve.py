@@ -18,8 +18,8 @@ from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import hold_lease, process_is, read_lease
 from cluster.registry import TAG_MODEL_FINGERPRINT, Registry
 from cluster.serving import readiness
-from flows import generate, serve, status
-from flows.config import Config
+from flows import generate, serve, status, verify
+from flows.config import Config, with_overrides
 from flows.generate import Wish
 from flows.models import resolve_model
 
@@ -61,6 +61,19 @@ def test_port_in_use_is_refused_before_anything_starts(config: Config, make_run)
             with pytest.raises(PlacementError, match=f"127.0.0.1:{port} not usable: Address already in use"):
                 serve.run(taken, detach=detach)
     assert not (workspace.root / "serving").exists() and not (workspace.root / "endpoint.json").exists()
+
+
+def test_other_machines_are_let_in_with_keys_only(config: Config, tmp_path: Path, capsys) -> None:
+    far = with_overrides(config, {"serve.host": "0.0.0.0"})
+    with pytest.raises(PlacementError, match="without keys: anybody could draw"):
+        serve.run(far)
+    with pytest.raises(PlacementError, match=r"--set serve\.api_keys_file=FILE"):
+        serve.make_key(config, "studio")
+    keyed = with_overrides(far, {"serve.api_keys_file": str(tmp_path / "keys.yaml")})
+    made = serve.make_key(keyed, "studio")
+    assert made["key"] in capsys.readouterr().err and made["key"] not in (tmp_path / "keys.yaml").read_text()
+    with pytest.raises(RegistryError, match="found no champion"):
+        serve.run(keyed)
 
 
 def test_stop_without_a_server_says_so_and_removes_what_a_dead_one_left(config: Config, capsys) -> None:
@@ -114,12 +127,24 @@ def test_detached_server_serves_says_so_and_ends(config: Config, make_run, tmp_p
     here = generate.run(config, ["a red circle"], str(tmp_path / "here"), Wish(seed=3), model="models:/fresco@champion")
     assert drawn["model_version"] == here["model_version"] == version and drawn["seeds"] == [3, 4]
     with Image.open(drawn["files"][0]) as remote, Image.open(here["files"][0]) as local:
-        assert remote.text == local.text
+        shared = ("seed", "steps", "guidance_scale", "model_version", "dataset", "run_id")
+        assert {key: remote.text[key] for key in shared} == {key: local.text[key] for key in shared}
+        assert "prompt" in local.text and "prompt" not in remote.text
         # Two rows in one batch there, one row here: values move by about 1e-6, which can turn one rounding.
         assert max(abs(a - b) for a, b in zip(remote.tobytes(), local.tobytes(), strict=True)) <= 1
     with pytest.raises(EndpointError, match="found status 400: n expected 1 to 3, found 9"):
         generate.run(config, ["x"], str(tmp_path / "out"), Wish(n=9))
 
+    assert verify.run(config, drawn["files"][0])["verdict"] == "valid"
+
+    make_run("fresco-bbb", 1)
+    newer = set_champion(config, "fresco-bbb")
+    followed = serve.run(config, detach=True)
+    assert followed == {**answer, "model_version": newer}, "the same process draws with the new champion"
+    assert (readiness(answer["url"]) or {})["run_id"] == "fresco-bbb"
+    assert generate.run(config, ["x"], str(tmp_path / "out"), Wish(seed=3))["model_version"] == newer
+
+    answer = followed
     lock = open_workspace(config.workspace).root / "locks" / "endpoint.lock"
     lease = read_lease(lock)
     assert lease is not None and lease.pid == answer["pid"]

@@ -1,0 +1,166 @@
+"""Every answer that is not a picture, in OpenAI's shape: error.message, error.type, error.param and error.code.
+
+The client classes follow from the status (400 BadRequestError, 401 AuthenticationError, 429 RateLimitError, 5xx
+InternalServerError), and the client repeats 408, 409, 429 and 5xx by itself unless the header `x-should-retry: false`
+forbids it: what would cost the same work again says so. Values of texts that people wrote are never echoed.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import Request
+
+INVALID = "invalid_request_error"
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+STATUS_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+PRIVATE_FIELDS = ("prompt", "negative_prompt", "user", "safety_identifier")
+"""Fields whose value is never repeated in an error, which may be logged on its way."""
+MOST_ECHO_CHARS = 500
+ONCE = {"x-should-retry": "false"}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """What every answer from 400 on holds."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is not a picture: status, message, and which field is to blame."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code, self.status = message, param, code, status
+        self.headers: dict[str, str] = {}
+
+
+def later(status: int, message: str, code: str, seconds: int) -> ApiError:
+    """An error that passes by itself: the client may ask again after `seconds` (Retry-After)."""
+    error = ApiError(message, code=code, status=status)
+    error.headers = {"Retry-After": str(seconds)}
+    return error
+
+
+def once(status: int, message: str, code: str) -> ApiError:
+    """An error after work was done or given up: the client must not send the request again by itself."""
+    error = ApiError(message, code=code, status=status)
+    error.headers = dict(ONCE)
+    return error
+
+
+def refused_content(category: str, param: str = "prompt") -> ApiError:
+    """The safety stage refused a prompt or a picture; the reason's category is told, never the words."""
+    message = f"{param} expected to pass this endpoint's content policy, found: {category}; change it and ask again"
+    return ApiError(message, param, "content_policy_violation")
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return the JSON of an error; halves of surrogate pairs, which UTF-8 cannot carry, are escaped."""
+    message, param = _writable(message), param and _writable(param)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: ApiError) -> dict[str, Any]:
+    return error_body(error.message, kind_of(error.status), error.param, error.code)
+
+
+def kind_of(status: int) -> str:
+    return KINDS.get(status, INVALID if status < 500 else "server_error")
+
+
+def error_response(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    return JSONResponse(error_body(message, kind_of(status), param, code), status, dict(headers or {}))
+
+
+def answer_error(error: ApiError) -> JSONResponse:
+    return error_response(error.status, error.message, error.param, error.code, error.headers)
+
+
+def invalid_value(problem: Mapping[str, Any], fields: Iterable[str]) -> ApiError:
+    """Turn one of pydantic's problems (its `loc` begins at the field) into an error that names field and limit."""
+    param = ".".join(str(part) for part in problem["loc"]) or None
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(param), list(fields), n=1, cutoff=0.0)
+        return ApiError(f"unknown parameter {param!r}; nearest: {near[0]!r}", param, "unknown_parameter")
+    if param is None:
+        return ApiError("body expected to be a JSON object with Content-Type application/json", code="invalid_json")
+    if problem["type"] == "missing":
+        return ApiError(f"{param} expected, found nothing", param, "missing_required_parameter")
+    found = repr(problem["input"])
+    if problem["loc"][0] in PRIVATE_FIELDS:
+        found = f"a value of type {type(problem['input']).__name__}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return ApiError(f"{param}: {message}, found {found}"[:MOST_ECHO_CHARS], param, "invalid_value")
+
+
+def install_handlers(app: FastAPI, fields: Iterable[str]) -> None:
+    """Give every error of `app` OpenAI's shape; `fields` are the parameters an unknown one is compared with."""
+    names = tuple(fields)
+
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return answer_error(_read_problem(request, error.errors()[0], names))
+
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(StarletteHTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def _read_problem(request: Request, problem: Mapping[str, Any], fields: Iterable[str]) -> ApiError:
+    if problem["type"] == "json_invalid":
+        found = problem["ctx"]["error"]
+        return ApiError(f"body expected to be JSON, found: {found}", code="invalid_json")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if len(problem["loc"]) == 1 and kind and "json" not in kind:
+        message = f"Content-Type expected to be application/json, found {kind!r}"
+        return ApiError(message, code=STATUS_CODES[415], status=415)
+    return invalid_value({**problem, "loc": problem["loc"][1:]}, fields)
+
+
+async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return answer_error(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StarletteHTTPException)
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"{request.method} {request.url.path} expected to be a route of this endpoint; see /docs"
+    code = STATUS_CODES.get(error.status_code, "bad_request" if error.status_code < 500 else "server_error")
+    return error_response(error.status_code, message, code=code, headers=error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    """Answer what nobody foresaw; the traceback is in the replica's log, and a client must not draw it thrice."""
+    message = f"drawing failed: {type(error).__name__}: {error}"
+    return error_response(500, message, code="internal_error", headers=ONCE)
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

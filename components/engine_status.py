@@ -1,0 +1,64 @@
+"""How much the engine takes on, what it has done, and how it stands: plain values for a server to read and show."""
+
+from dataclasses import dataclass
+
+from components.draw_requests import Cancelled, Done, Failed
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much the engine takes on."""
+
+    max_batch_rows: int = 64
+    """Denoiser rows of one step; a guided picture needs two. On a CPU core 64 make 11 % more rows a second than 32."""
+    max_live_pixels: int = 64 * 1024 * 1024
+    """Pixels of all pictures at work, of any size: the bound on memory."""
+    max_waiting_rows: int = 256
+    """Pictures that may wait before requests are refused."""
+    max_cached_prompts: int = 1024
+    """Prompts whose text states are kept, for each version."""
+    strict: bool = False
+    """Every call has `max_batch_rows` rows: bit-identical pictures, at the price of a full call for every step."""
+
+
+@dataclass
+class EngineCounters:
+    """What has happened since the start."""
+
+    steps: int = 0
+    row_steps: int = 0
+    call_rows: int = 0
+    """Rows of all denoiser calls, without strict mode's spare ones."""
+    stepping_s: float = 0.0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    steps_saved: int = 0
+    """Steps of cancelled and failed requests that were not made."""
+
+    def ended(self, event: Done | Failed | Cancelled, steps_left: int) -> None:
+        self.done += isinstance(event, Done)
+        self.failed += isinstance(event, Failed)
+        self.cancelled += isinstance(event, Cancelled)
+        self.steps_saved += steps_left
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """The engine at one moment."""
+
+    live_rows: int
+    waiting_rows: int
+    backlog_pixel_steps: int
+    """Pixels times denoiser evaluations that are still to be made, waiting rows included."""
+    backlog_s: float | None
+    """The same in seconds at the measured speed; None before anything was measured."""
+    rate: float | None
+    """Measured pixel-steps a second."""
+    versions: dict[str, int]
+    """Requests of each loaded version."""
+    text_hits: int
+    text_misses: int
+    decode_s: float
+    """Seconds to decode a picture."""

@@ -1,0 +1,294 @@
+"""The engine: a loop in which every denoising step is one batch of whatever rows are alive.
+
+Rows join and leave between steps, each at its own step of its own table, with its own guidance, prompt and seed; the
+picture of a seed does not depend on who else is drawn. Final latents go to a decoding thread beside the loop. Several
+sets of weights may be loaded: rows finish on those they began with. The loop touches tensors only through the groups
+and never reads their values; everything shared with other threads is behind one lock, never held during a step.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from PIL import Image
+from torch import Tensor
+
+from components.decode_stage import DecodeJob, DecodeStage
+from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, Progress, Receiver
+from components.engine_status import EngineCounters, EngineLimits, EngineStatus
+from components.errors import DeadlineError, InputError, QueueFullError
+from components.live_rows import AcceptedRequest, LiveRow
+from components.models import Parts
+from components.step_loop import StepLoop
+from components.versions import Version
+
+logger = logging.getLogger(__name__)
+LATE = "deadline_s expected to leave time for all steps, found {} s too short; ask for fewer steps or a later deadline"
+
+
+class StepBatchEngine:
+    """Accepts requests from any thread; `start` runs the loop in its own, or a test calls `step` itself."""
+
+    def __init__(
+        self,
+        limits: EngineLimits | None = None,
+        on_dropped: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`on_dropped` is told the name of every version that was let go, from whatever thread let it go."""
+        self.limits = limits or EngineLimits()
+        if self.limits.max_batch_rows < 2:
+            raise InputError(
+                f"max_batch_rows expected at least 2, found {self.limits.max_batch_rows}: guidance needs two"
+            )
+        self.counters = EngineCounters()
+        self.broken: Exception | None = None
+        """What ended the loop's thread, if something did: such an engine draws nothing more."""
+        self._clock, self._on_dropped = clock, on_dropped
+        self._lock = threading.Condition()
+        self._versions: dict[str, Version] = {}
+        self._newest: Version | None = None
+        self._requests: dict[str, AcceptedRequest] = {}
+        self._loop = StepLoop(self.limits, self._lock)
+        self._decode = DecodeStage(self.limits.strict)
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    # Weights
+
+    def load(self, name: str, parts: Parts, serve: bool = True) -> None:
+        """Add a model; with `serve`, rows that start from now on use it, and the one before ends with its last row.
+
+        Requests that wait without a started row move to it, unless they asked for another by name. Without `serve` only
+        requests that name it use it (`submit(..., version=name)`), until `retire`.
+        """
+        version = Version(name, parts, self.limits.max_cached_prompts)
+        with self._lock:
+            if name in self._versions:
+                raise InputError(f"version expected a new name, found {name!r} loaded already; choose another")
+            self._versions[name] = version
+            before = self._newest if serve else None
+            if serve:
+                self._newest = version
+            if before is not None:
+                before.retired = True
+            moving = [r for r in self._requests.values() if r.version is before and self._can_move(r)]
+        for accepted in moving:
+            self._move(accepted, version)
+        if before is not None:
+            self._drop_if_idle(before)
+
+    def retire(self, name: str) -> None:
+        """Start no more rows on a version; it is dropped with its last request."""
+        with self._lock:
+            version = self._versions[name]
+            version.retired = True
+            if version is self._newest:
+                self._newest = None
+        self._drop_if_idle(version)
+
+    def _can_move(self, accepted: AcceptedRequest) -> bool:
+        return accepted.started_at is None and not accepted.ended and not accepted.pinned
+
+    def _move(self, accepted: AcceptedRequest, version: Version) -> None:
+        with suppress(InputError):  # a start picture the new model cannot take: drawn by the old one
+            prepared = version.prepare(accepted.request)
+            with self._lock:
+                if self._can_move(accepted):
+                    accepted.version.num_requests -= 1
+                    version.num_requests += 1
+                    accepted.version, accepted.prepared = version, prepared
+
+    def _drop_if_idle(self, version: Version) -> None:
+        with self._lock:
+            idle = version.retired and version.num_requests == 0 and self._versions.get(version.name) is version
+            if idle:
+                del self._versions[version.name]
+        if idle and self._on_dropped is not None:
+            self._on_dropped(version.name)
+
+    # Requests
+
+    def submit(self, request: DrawRequest, receive: Receiver, version: str | None = None) -> None:
+        """Accept a request, or raise at once: InputError, QueueFullError (with `retry_after_s`) or DeadlineError.
+
+        Encodes its prompts in the caller's thread. Every event, the last one included, goes to `receive`.
+        """
+        request.check()
+        while True:
+            chosen = self._hold(version)
+            try:
+                accepted = AcceptedRequest(
+                    request, chosen, receive, self._clock(), version is not None, chosen.prepare(request)
+                )
+                with self._lock:
+                    if not (chosen.retired and self._newest is not None and version is None):
+                        self._accept(accepted)
+                        return
+            except BaseException:
+                self._release(chosen)
+                raise
+            self._release(chosen)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with Cancelled; its rows are gone at the next step. False when it has ended already."""
+        with self._lock:
+            accepted = self._requests.get(request_id)
+        return accepted is not None and self._end(accepted, Cancelled(request_id, accepted.steps_left))
+
+    def status(self) -> EngineStatus:
+        with self._lock:
+            backlog, rate = self._loop.backlog_pixel_steps, self._loop.times.rate
+            versions = list(self._versions.values())
+            return EngineStatus(
+                live_rows=self._loop.num_rows,
+                waiting_rows=len(self._loop.queue),
+                backlog_pixel_steps=backlog,
+                backlog_s=None if rate is None else backlog / rate,
+                rate=rate,
+                versions={version.name: version.num_requests for version in versions},
+                text_hits=sum(version.text.hits for version in versions),
+                text_misses=sum(version.text.misses for version in versions),
+                decode_s=self._decode.picture_s,
+            )
+
+    def _hold(self, name: str | None) -> Version:
+        """Return the version a request starts on, which stays loaded until it is released."""
+        with self._lock:
+            if self._closing:
+                raise InputError("engine expected to be open, found it closing; send the request to another replica")
+            version = self._newest if name is None else self._versions.get(name)
+            if version is None or (name is not None and version.retired):
+                loaded = ", ".join(v.name for v in self._versions.values() if not v.retired) or "none"
+                raise InputError(f"version expected one of those that serve ({loaded}), found {name!r}; load it first")
+            version.num_requests += 1
+            return version
+
+    def _release(self, version: Version) -> None:
+        with self._lock:
+            version.num_requests -= 1
+        self._drop_if_idle(version)
+
+    def _accept(self, accepted: AcceptedRequest) -> None:
+        """Under the lock: refuse what can never be drawn or not in time, let the rest wait."""
+        request = accepted.request
+        if request.request_id in self._requests:
+            raise InputError(f"request_id expected a new one, found {request.request_id!r} at work; choose another")
+        largest = max(asked.height_px * asked.width_px for asked in request.rows)
+        if largest > self.limits.max_live_pixels:
+            raise InputError(
+                f"picture expected at most {self.limits.max_live_pixels} pixels (max_live_pixels), found {largest}"
+            )
+        try:
+            self._loop.check_deadline(accepted, self._decode.picture_s)
+            self._loop.queue.push(accepted.rows, self._loop.times.rate)
+        except (DeadlineError, QueueFullError):
+            self.counters.refused += 1
+            raise
+        self._requests[request.request_id] = accepted
+        self._lock.notify_all()
+
+    # The loop
+
+    def start(self) -> None:
+        """Run the loop in a thread of its own until `close`."""
+        self._thread = threading.Thread(target=self._run, name="denoise", daemon=True)
+        self._thread.start()
+
+    def close(self, drain: bool = True) -> None:
+        """Accept nothing more, finish what was accepted (or fail it, without `drain`), and end the threads."""
+        with self._lock:
+            self._closing = True
+            left = [] if drain else list(self._requests.values())
+            self._lock.notify_all()
+        for accepted in left:
+            self._end(accepted, Failed(accepted.request.request_id, InterruptedError("the engine was closed")))
+        if self._thread is not None:
+            self._thread.join()
+        self._decode.close()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self.step()
+        except Exception as error:  # a fault of the loop itself: nobody may wait for ever, and health must show it
+            logger.exception("the denoising loop ended")
+            with self._lock:
+                self.broken, self._closing = error, True
+                left = list(self._requests.values())
+            for accepted in left:
+                self._fail(accepted, error)
+
+    def _wait_for_work(self) -> bool:
+        with self._lock:
+            self._lock.wait_for(lambda: self._closing or self._loop.busy)
+            return self._loop.busy
+
+    def step(self) -> bool:
+        """Let rows leave and join, make one step, hand over what is finished; False when there is nothing to do."""
+        late = self._loop.change_rows(self._clock())
+        for accepted in late:
+            self._fail(accepted, DeadlineError(LATE.format(accepted.request.deadline_s)))
+        outcome = self._loop.step(self.counters)
+        for accepted, error in outcome.failed.items():
+            self._fail(accepted, error)
+        for row in outcome.moved:
+            if row.owner.request.progress:
+                self._send(row.owner, Progress(row.owner.request.request_id, row.index, row.step, row.steps))
+        for row, latents_CHW in outcome.partial:
+            self._put(row, latents_CHW, row.partial_steps.index(row.step))
+        for row, latents_CHW in outcome.final:
+            self._put(row, latents_CHW, None)
+        return bool(late or outcome.moved or outcome.failed)
+
+    def _put(self, row: LiveRow, latents_CHW: Tensor, early: int | None) -> None:
+        vae = row.owner.version.parts.vae
+        self._decode.put(DecodeJob(vae, latents_CHW, partial(self._decoded, row, early), early is None))
+
+    # Events
+
+    def _decoded(self, row: LiveRow, early: int | None, result: Image.Image | Exception) -> None:
+        accepted, request_id = row.owner, row.owner.request.request_id
+        if isinstance(result, Exception):
+            self._fail(accepted, result)
+        elif early is not None:
+            self._send(accepted, PartialPicture(request_id, row.index, early, result))
+        else:
+            accepted.pictures[row.index] = result
+            pictures = tuple(picture for picture in accepted.pictures if picture is not None)
+            if len(pictures) == len(accepted.pictures):
+                started_at = accepted.started_at or accepted.accepted_at
+                waited_s, drawn_s = started_at - accepted.accepted_at, self._clock() - started_at
+                self._end(accepted, Done(request_id, pictures, accepted.version.name, waited_s, drawn_s))
+
+    def _fail(self, accepted: AcceptedRequest, error: Exception) -> None:
+        self._end(accepted, Failed(accepted.request.request_id, error))
+
+    def _end(self, accepted: AcceptedRequest, event: Done | Failed | Cancelled) -> bool:
+        """Send a request's last event, once; its rows are free from here on."""
+        with accepted.send_lock:
+            with self._lock:
+                if accepted.ended:
+                    return False
+                accepted.ended = True
+                self._requests.pop(accepted.request.request_id, None)
+                self._loop.queue.remove(lambda row: row.owner is accepted)
+                self.counters.ended(event, accepted.steps_left)
+                self._lock.notify_all()
+            self._receive(accepted, event)
+        self._release(accepted.version)
+        return True
+
+    def _send(self, accepted: AcceptedRequest, event: Event) -> None:
+        with accepted.send_lock:
+            if not accepted.ended:
+                self._receive(accepted, event)
+
+    def _receive(self, accepted: AcceptedRequest, event: Event) -> None:
+        try:
+            accepted.receive(event)
+        except Exception:  # a receiver's fault must not stop the others' pictures
+            logger.exception("the receiver of request %s raised", accepted.request.request_id)

@@ -1,0 +1,131 @@
+"""One set of weights behind the engine: its denoiser, its text states of repeated prompts, its step tables, its rows.
+
+A row belongs to the version that made it from the first noise to the decoded picture. Everything here that may be asked
+from several threads holds a lock of its own.
+
+Shape letters: B rows, L tokens, D width, C channels, H, W latent height and width, S steps, K columns.
+"""
+
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from components.draw_requests import DrawRequest, StartPicture
+from components.errors import InputError
+from components.models import Parts, TextStates, encode_text, family_named, latent_factor
+from components.row_batch import Repair, RowBatch
+from components.sampler import PictureRequest, initial_latents
+from components.solvers import StepTable
+
+MAX_TABLES = 256
+"""Step tables kept; each is a few kilobytes."""
+
+
+class TextCache:
+    """Text states of the last prompts, one row each; `hits` and `misses` count."""
+
+    def __init__(self, parts: Parts, max_prompts: int) -> None:
+        self.parts, self.max_prompts = parts, max_prompts
+        self.hits = self.misses = 0
+        self._states: OrderedDict[str, TextStates] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def states(self, prompt: str) -> TextStates:
+        """Return a prompt's states; always encoded alone, so they do not depend on other prompts."""
+        with self._lock:
+            if prompt in self._states:
+                self.hits += 1
+                self._states.move_to_end(prompt)
+                return self._states[prompt]
+            self.misses += 1
+        states = encode_text(self.parts, [prompt]).counted()
+        with self._lock:
+            self._states[prompt] = states
+            while len(self._states) > self.max_prompts:
+                self._states.popitem(last=False)
+        return states
+
+
+class Version:
+    """One model in memory under a name."""
+
+    def __init__(self, name: str, parts: Parts, max_prompts: int) -> None:
+        self.name, self.parts = name, parts
+        self.family = family_named(parts.family)
+        self.text = TextCache(parts, max_prompts)
+        self.num_requests = 0
+        """Requests that wait, draw or decode with these weights; the engine counts under its lock."""
+        self.retired = False
+        """No request starts on it any more."""
+        self._tables: dict[tuple[object, ...], StepTable] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.parts.denoiser.parameters()).device
+        return device
+
+    def predict(self, latents_BCHW: Tensor, timestep_B: Tensor, text: TextStates) -> Tensor:
+        """Call the denoiser with latents in its own precision."""
+        dtype = self.parts.denoiser.dtype
+        prediction_BCHW: Tensor = self.family.call_denoiser(
+            self.parts.denoiser, latents_BCHW.to(dtype), timestep_B, text
+        )
+        return prediction_BCHW
+
+    def table(self, steps: int, latent_cells: int, solver: str | None, start: int) -> StepTable:
+        """Return a step table; each is made once."""
+        name = (steps, latent_cells, solver, start)
+        with self._lock:
+            if name not in self._tables:
+                while len(self._tables) >= MAX_TABLES:
+                    self._tables.pop(next(iter(self._tables)))
+                self._tables[name] = self.family.step_table(self.parts, steps, latent_cells, solver, start)
+            return self._tables[name]
+
+    @torch.inference_mode()
+    def prepare(self, request: DrawRequest) -> list[RowBatch]:
+        """Make each row's state before its first step: its own noise, texts and table, on the model's device."""
+        return [self._prepare_row(row, request.solver, request.start) for row in request.rows]
+
+    def _prepare_row(self, row: PictureRequest, solver: str | None, start: StartPicture | None) -> RowBatch:
+        noise_1CHW = initial_latents(self.parts, [row])
+        first = start.first_step(row.steps) if start is not None else 0
+        table = self.table(row.steps, noise_1CHW.shape[-1] * noise_1CHW.shape[-2], solver, first)
+        latents_1CHW, repair = table.noise_scale * noise_1CHW, None
+        if start is not None:
+            self._check_start(start, noise_1CHW)
+            picture_1CHW = start.latents_1CHW.float()
+            # All steps and a mask: nothing of the picture shows through, as in diffusers' inpainting.
+            if first > 0 or start.mask_11HW is None:
+                latents_1CHW = table.start_signal * picture_1CHW + table.start_spread * noise_1CHW
+            if start.mask_11HW is not None:
+                repair = Repair(*(t.to(self.device) for t in (start.mask_11HW.float(), picture_1CHW, noise_1CHW)))
+        return RowBatch(
+            latents_BCHW=latents_1CHW.to(self.device),
+            clean_BCHW=torch.zeros_like(latents_1CHW, device=self.device),
+            columns_BSK=table.columns_SK.unsqueeze(0).to(self.device),
+            step_B=torch.zeros(1, dtype=torch.int64, device=self.device),
+            scale_B111=torch.full((1, 1, 1, 1), row.guidance_scale, device=self.device),
+            text=self.text.states(row.prompt),
+            negative=self.text.states(row.negative_prompt),
+            guided=(self.family.uses_guidance(row.guidance_scale),),
+            repair=repair,
+        )
+
+    def _check_start(self, start: StartPicture, noise_1CHW: Tensor) -> None:
+        mask = start.mask_11HW
+        same_mask = mask is None or mask.shape == noise_1CHW[:, :1].shape
+        if start.latents_1CHW.shape == noise_1CHW.shape and same_mask:
+            return
+        factor = latent_factor(self.parts)
+        raise InputError(
+            f"start expected latents {tuple(noise_1CHW.shape)} and a mask of one channel beside them (a latent cell is"
+            f" {factor} px wide), found {tuple(start.latents_1CHW.shape)} and {mask is not None and tuple(mask.shape)};"
+            " give rows the size of the picture they start from"
+        )

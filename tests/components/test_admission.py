@@ -1,0 +1,174 @@
+"""Fair admission: shares by priority, no size starves another, memory is kept for who waits, speeds are measured."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from components.admission import FairQueue, FairShares, Room, StepTimes
+from components.errors import QueueFullError
+
+
+@dataclass(frozen=True)
+class Row:
+    key: str = ""
+    shape: str = "small"
+    pixel_steps: int = 10
+    priority: float = 1.0
+    number: int = 0
+
+
+def always(row: Row) -> Room:
+    return Room.YES
+
+
+def take_all(queue: FairQueue[Row], count: int) -> list[Row]:
+    taken = [queue.take(always) for _ in range(count)]
+    return [row for row in taken if row is not None]
+
+
+def filled(*rows: Row) -> FairQueue[Row]:
+    queue: FairQueue[Row] = FairQueue(10_000)
+    for row in rows:
+        queue.push([row])
+    return queue
+
+
+def test_rows_of_one_key_and_size_keep_their_order() -> None:
+    rows = [Row(number=number) for number in range(5)]
+    assert take_all(filled(*rows), 9) == rows
+
+
+def test_a_key_with_a_thousand_rows_does_not_delay_a_key_with_one() -> None:
+    queue = filled(*[Row("greedy", number=number) for number in range(1000)])
+    take_all(queue, 500)
+    queue.push([Row("modest")])
+    assert "modest" in {row.key for row in take_all(queue, 2)}
+
+
+def test_priority_is_a_share_of_the_pixel_steps() -> None:
+    both = [Row(key, priority=priority) for key, priority in (("a", 1.0), ("b", 3.0)) for _ in range(100)]
+    first = Counter(row.key for row in take_all(filled(*both), 80))
+    assert first["b"] == pytest.approx(3 * first["a"], abs=3)
+
+
+def test_small_and_large_requests_share_pixel_steps_whatever_their_number() -> None:
+    small = [Row("a", "small", 10, number=number) for number in range(400)]
+    large = [Row("b", "large", 200, number=number) for number in range(20)]
+    taken = take_all(filled(*small, *large), 210)
+    cost = Counter[str]()
+    for row in taken:
+        cost[row.shape] += row.pixel_steps
+    assert cost["large"] == pytest.approx(cost["small"], abs=200)
+
+
+def test_a_key_that_sends_two_sizes_gets_one_share() -> None:
+    rows = []
+    for number in range(120):
+        rows += [Row("two", "small", number=number), Row("two", "wide", number=number), Row("one", number=number)]
+    first = Counter(row.key for row in take_all(filled(*rows), 120))
+    assert first["one"] == pytest.approx(first["two"], abs=4)
+
+
+def test_a_full_batch_of_one_size_does_not_block_another() -> None:
+    queue = filled(Row("a", "large"), Row("a", "large"), Row("a", "small", number=7))
+    row = queue.take(lambda row: Room.BATCH_FULL if row.shape == "large" else Room.YES)
+    assert row is not None and row.number == 7
+    assert queue.take(lambda row: Room.BATCH_FULL) is None and len(queue) == 2
+
+
+def test_what_passes_a_row_that_waits_for_memory_costs_no_more_than_it() -> None:
+    queue = filled(Row("big", "large", pixel_steps=100), *[Row("s", number=number) for number in range(50)])
+    passed = []
+    while (row := queue.take(lambda row: Room.NO_MEMORY if row.shape == "large" else Room.YES)) is not None:
+        passed.append(row)
+    assert sum(row.pixel_steps for row in passed) == 100
+    # Memory has come free: the row that waited goes first.
+    assert queue.take(always) == Row("big", "large", pixel_steps=100)
+
+
+def test_a_bounded_queue_takes_all_or_nothing_and_says_how_long_it_is() -> None:
+    queue: FairQueue[Row] = FairQueue(3)
+    queue.push([Row(), Row()])
+    with pytest.raises(
+        QueueFullError, match=r"room for 2 pictures, found 2 of 3 waiting \(20 pixel-steps, about 4\.0 s"
+    ):
+        queue.push([Row(), Row()], rate=5.0)
+    assert len(queue) == 2 and queue.pixel_steps == 20
+    queue.push([Row()])
+    with pytest.raises(QueueFullError, match="at a speed not measured yet") as told:
+        queue.push([Row()])
+    assert told.value.retry_after_s is None
+
+
+def test_removed_rows_free_their_places_and_idle_keys_are_forgotten() -> None:
+    queue = filled(*[Row(str(key), number=key) for key in range(50)])
+    removed = queue.remove(lambda row: row.number % 2 == 0)
+    assert len(removed) == 25 and len(queue) == 25 and queue.pixel_steps == 250
+    assert {row.number % 2 for row in take_all(queue, 99)} == {1}
+    for key in range(50, 150):
+        queue.push([Row(str(key))])
+        queue.take(always)
+    assert len(queue) == 0 and len(queue._flows) < 60, "keys that were served cost nothing for ever"
+
+
+def test_what_comes_before_a_new_row_is_its_own_keys_backlog_and_the_others_fair_part() -> None:
+    queue = filled(*[Row("greedy", number=number) for number in range(20)])
+    assert queue.pixel_steps_before(Row("greedy")) == 200
+    assert queue.pixel_steps_before(Row("new")) <= 10
+
+
+def served(weights: dict[str, float], costs: dict[str, int], steps: int) -> Counter[str]:
+    shares, cost = FairShares(), Counter[str]()
+    for _ in range(steps):
+        name = str(shares.next(dict(weights)))
+        shares.charge(name, costs[name], weights[name])
+        cost[name] += costs[name]
+    return cost
+
+
+def test_groups_are_served_by_weight_whatever_their_steps_cost() -> None:
+    cost = served({"many small": 3.0, "one large": 1.0}, {"many small": 10, "one large": 100}, 400)
+    assert cost["many small"] == pytest.approx(3 * cost["one large"], rel=0.1)
+
+
+def test_a_group_that_comes_later_neither_waits_nor_catches_up() -> None:
+    shares = FairShares()
+    for _ in range(100):
+        shares.next({"old": 1.0})
+        shares.charge("old", 10, 1.0)
+    first = []
+    for _ in range(20):
+        name = shares.next({"old": 1.0, "new": 1.0})
+        shares.charge(name, 10, 1.0)
+        first.append(name)
+    assert Counter(first) == {"old": 10, "new": 10}
+
+
+def test_step_times_find_the_fixed_part_and_the_part_of_each_row() -> None:
+    times = StepTimes()
+    times.observe("small", 100, 7.0)
+    assert times.seconds("small", 100) is None and times.rate is None, "the first step pays for what is set up once"
+    for pixels in (100, 400, 800, 200, 1600) * 5:
+        times.observe("small", pixels, 0.010 + 0.00002 * pixels)
+    assert times.seconds("small", 100) == pytest.approx(0.012)
+    assert times.seconds("small", 3000) == pytest.approx(0.070)
+    # A size never seen takes what all sizes took.
+    assert times.seconds("large", 3000) == pytest.approx(0.070)
+    assert times.rate == pytest.approx(620 / 0.0224, rel=0.2)
+
+
+def test_step_times_of_one_batch_size_promise_no_speed_that_was_not_seen() -> None:
+    times = StepTimes()
+    for _ in range(5):
+        times.observe("small", 100, 0.02)
+    assert times.seconds("small", 50) == pytest.approx(0.02)
+    assert times.seconds("small", 200) == pytest.approx(0.04)
+
+
+def test_step_times_follow_a_machine_that_becomes_slower() -> None:
+    times = StepTimes()
+    for seconds in [0.01] * 200 + [0.03] * 200:
+        times.observe("small", 100, seconds)
+    assert times.seconds("small", 100) == pytest.approx(0.03, rel=0.05)
+    assert times.rate == pytest.approx(100 / 0.03, rel=0.05)

@@ -1,0 +1,47 @@
+"""A version's parts: repeated prompts are encoded once, the cache is bounded, tables are made once."""
+
+import threading
+
+import pytest
+import torch
+
+from components.models import encode_text, make_tiny
+from components.versions import TextCache, Version
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
+def test_repeated_prompts_are_encoded_once_and_as_without_a_cache(family: str) -> None:
+    parts = make_tiny(family)
+    cache = TextCache(parts, 4)
+    first, again = cache.states("a red circle"), cache.states("a red circle")
+    assert again is first and (cache.hits, cache.misses) == (1, 1)
+    assert torch.equal(first.states_BLD, encode_text(parts, ["a red circle"]).states_BLD)
+    assert first.num_tokens == (int(first.mask_BL.sum()),)
+
+
+def test_the_prompts_used_last_are_kept() -> None:
+    cache = TextCache(make_tiny("stable_diffusion"), 2)
+    for prompt in ("a", "b", "a", "c", "a", "b"):
+        cache.states(prompt)
+    assert len(cache) == 2 and (cache.hits, cache.misses) == (2, 4)
+
+
+def test_many_threads_share_a_cache_and_lose_no_count() -> None:
+    cache = TextCache(make_tiny("stable_diffusion"), 2)
+
+    def ask() -> None:
+        for number in range(12):
+            cache.states(f"prompt {number % 3}")
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.hits + cache.misses == 48 and len(cache) == 2
+
+
+def test_step_tables_are_made_once_for_each_schedule() -> None:
+    version = Version("v1", make_tiny("stable_diffusion"), 4)
+    assert version.table(5, 16, None, 0) is version.table(5, 16, None, 0)
+    assert len(version.table(5, 16, None, 2)) == 3 and len(version.table(6, 16, "dpm++2m", 0)) == 6
