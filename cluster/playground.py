@@ -32,7 +32,7 @@ SHAPE = ("width_px", "height_px", "size_multiple_px", "min_side_px")
 
 
 def add_playground(app: FastAPI, limits: ServeSection, model: Callable[[], Mapping[str, Any]]) -> None:
-    """Answer `/` and `/docs` with the page, and its settings beside it; `model` tells what is loaded ({}: nothing yet)."""
+    """Answer `/` and `/docs` with the page, and its settings beside it; `model` tells what is loaded, or {}."""
     page, policy = make_page()
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 

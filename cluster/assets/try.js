@@ -16,7 +16,7 @@ const make = (name, text = "", more = {}) => Object.assign(document.createElemen
 
 let limits = { max_partial_images: 3, model: null };
 let work = null;                 // AbortController of the request at work
-let history = [];                // newest first: {body, pictures: [{b64, format, seed, version, size, seconds}]}
+let memory = [];                 // newest first: {body, pictures: [{b64, format, seed, version, size, seconds}]}
 
 // The form
 
@@ -281,7 +281,7 @@ async function draw(event) {
   try { body = wish(); } catch (problem) { return blame(problem.param, problem.message); }
   work = new AbortController();
   const before = [[...at("stage").children], at("asked").textContent];
-  const count = Math.min(Math.max(body.n ?? 1, 1), limits.max_images ?? 8) || 1;
+  const count = Math.floor(Math.min(Math.max(body.n ?? 1, 1), limits.max_images ?? 8));
   const own = limits.model ? `${limits.model.width_px}x${limits.model.height_px}` : "";
   const figures = Array.from({ length: count }, () => makeFrame(body.size === "auto" ? own : body.size));
   const done = Array(count).fill(null);
@@ -335,14 +335,14 @@ function fitting(entries, most) {
 
 function remember(body, pictures) {
   if (!pictures.length) return;
-  history = fitting([{ body, pictures }, ...history], MOST_HELD_CHARS);
-  keep("fresco.history", JSON.stringify(fitting(history, MOST_STORED_CHARS)));
-  list(history[0]);
+  memory = fitting([{ body, pictures }, ...memory], MOST_HELD_CHARS);
+  keep("fresco.history", JSON.stringify(fitting(memory, MOST_STORED_CHARS)));
+  list(memory[0]);
 }
 
 function list(current) {
-  at("past").hidden = !history.length;
-  at("history").replaceChildren(...history.map((entry) => {
+  at("past").hidden = !memory.length;
+  at("history").replaceChildren(...memory.map((entry) => {
     const { body, pictures } = entry;
     const button = make("button", "", { type: "button", title: body.prompt });
     button.setAttribute("aria-label", `Show again and put into the form: ${body.prompt}`);
@@ -376,17 +376,17 @@ function showAgain({ body, pictures }) {
 }
 
 function forget() {
-  history = [];
+  memory = [];
   keep("fresco.history", "[]");
   list(null);
 }
 
 function restoreHistory() {
   try {
-    history = JSON.parse(sessionStorage.getItem("fresco.history") ?? "[]");
-    list(history[0]);
-    if (history[0]) showAgain(history[0]);
-  } catch { history = []; }
+    memory = JSON.parse(sessionStorage.getItem("fresco.history") ?? "[]");
+    list(memory[0]);
+    if (memory[0]) showAgain(memory[0]);
+  } catch { memory = []; }
 }
 
 async function describeFields() {
