@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-from cluster.request_watch import Served
+from cluster.request_watch import EndedRequest
 
 QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked every few seconds by machines: told only when they fail."""
@@ -34,7 +34,7 @@ class RequestLog:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def ended(self, served: Served) -> None:
+    def ended(self, served: EndedRequest) -> None:
         """Write the line of a request that has ended."""
         if served.route in QUIET_ROUTES and served.status < 400:
             return
@@ -80,7 +80,7 @@ class RequestLog:
             self._file = None
 
 
-def line_of(served: Served, now: float) -> bytes:
+def line_of(served: EndedRequest, now: float) -> bytes:
     """Return the line; `now` in seconds since 1970. ASCII JSON, so a line never holds another line."""
     when = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     told = {

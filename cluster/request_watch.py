@@ -29,7 +29,7 @@ NOTES = "served"
 
 
 @dataclass(frozen=True)
-class Served:
+class EndedRequest:
     """A request that has ended."""
 
     request_id: str
@@ -51,8 +51,14 @@ class Served:
     """Name of the key, never the key."""
 
 
+Listener = Callable[[EndedRequest], None]
+
+
 def note(request: Request, rows: int | None = None, version: object = None, key: str | None = None) -> None:
-    """Add what only the route knows: pictures drawn, the version that drew them, the name of the caller's key."""
+    """Add what only the route knows: pictures drawn, the version that drew them, the name of the caller's key.
+
+    Rows are noted when they are finished, so that a request that was given up counts none.
+    """
     told = {"rows": rows, "version": None if version is None else str(version), "key": key}
     notes = request.scope.setdefault("state", {}).setdefault(NOTES, {})
     notes.update({name: value for name, value in told.items() if value is not None})
@@ -63,6 +69,8 @@ class _Observed:
     """One request while it is at work."""
 
     start: float = field(default_factory=time.monotonic)
+    end: float | None = None
+    """When the last byte was handed over; work of the route after it is not the client's waiting."""
     status: int | None = None
     bytes_in: int = 0
     bytes_out: int = 0
@@ -80,26 +88,29 @@ class _Observed:
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
             self.bytes_out += len(body)
-            self.complete = not message.get("more_body", False)
+            if not message.get("more_body", False):
+                self.end, self.complete = time.monotonic(), True
             if (self.status or 0) >= 400 and len(self.error) < MOST_ERROR_BYTES:
                 self.error += body
 
-    def ended(self, scope: Scope) -> Served:
+    def ended(self, scope: Scope) -> EndedRequest:
         status = self.status or (GONE_STATUS if self.gone else 500)
         method = scope["method"] if scope["method"] in METHODS else "OTHER"
         name = str(scope["state"].get("request_id", ""))
-        seconds = time.monotonic() - self.start
+        seconds = (self.end or time.monotonic()) - self.start
         told = (name, method, route_of(scope), status, seconds, code_of(status, self.error), self.gone)
-        return Served(*told, self.bytes_in, self.bytes_out, **scope["state"][NOTES])
+        return EndedRequest(*told, self.bytes_in, self.bytes_out, **scope["state"][NOTES])
 
 
 class RequestWatch:
-    """Middleware: inside RequestIds, so that requests have names, and outside everything that can refuse one.
+    """Middleware: inside RequestIds, so that requests have names, and around the whole app, to hear of crashes.
 
     `began` is called when a request arrives, each of `ended` with what it was; both must be quick and must not raise.
     """
 
-    def __init__(self, app: ASGIApp, began: Callable[[], None], ended: Sequence[Callable[[Served], None]]) -> None:
+    def __init__(
+        self, app: ASGIApp, began: Callable[[], None], ended: Sequence[Callable[[EndedRequest], None]]
+    ) -> None:
         self.app, self.began, self.listeners = app, began, tuple(ended)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,8 +1,8 @@
 """What a replica does, in numbers, as Prometheus reads them: requests as they end, the engine when it is asked.
 
 Requests come from `request_watch`, the engine's counters and status from one function that is called at each scrape and
-returns a plain mapping; keys it leaves out, or whose value is None, have no series. Every series names the replica, as
-a scrape reaches one of several. Labels take values from short lists of ours: no text of a client is among them.
+returns a plain mapping; keys it leaves out, or whose value is None, have no series. Every series names the replica;
+`metric_files` lets one scrape tell of all. Labels take values from short lists of ours, never a text of a client.
 """
 
 import threading
@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from cluster.request_watch import Served
+from cluster.request_watch import EndedRequest
 
 METRICS_ROUTE = "/metrics"
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300)
@@ -95,7 +95,7 @@ class ServeMetrics:
         """A request has arrived."""
         self._in_flight.labels(self.replica).inc()
 
-    def ended(self, served: Served) -> None:
+    def ended(self, served: EndedRequest) -> None:
         """A request has ended."""
         self._in_flight.labels(self.replica).dec()
         self._requests.labels(self.replica, served.route, str(served.status)).inc()
@@ -128,13 +128,13 @@ class ServeMetrics:
             return code if code in self._reasons else OTHER
 
 
-def add_metrics_route(app: FastAPI, metrics: ServeMetrics, dependencies: Sequence[Depends] = ()) -> None:
-    """Answer GET /metrics; `dependencies` may ask for a key, as they do on the other routes."""
+def add_metrics_route(app: FastAPI, exposition: Callable[[], bytes], dependencies: Sequence[Depends] = ()) -> None:
+    """Answer GET /metrics with an exposition; `dependencies` may ask for a key, as they do on the other routes."""
 
     # Not a coroutine: reading waits for the engine's lock, and the event loop must not.
     @app.get(METRICS_ROUTE, include_in_schema=False, dependencies=list(dependencies))
     def scrape() -> Response:
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Engine(Collector):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.request_log import QUIET_ROUTES, RequestLog, line_of
-from cluster.request_watch import Served
+from cluster.request_watch import EndedRequest
 
-SERVED = Served("req_1", "POST", "/v1/images/generations", 200, 1.23456, None, False, 120, 4567, 2, "7", "team")
+SERVED = EndedRequest("req_1", "POST", "/v1/images/generations", 200, 1.23456, None, False, 120, 4567, 2, "7", "team")
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -43,7 +43,7 @@ def test_names_cannot_break_a_line() -> None:
 
 
 def test_what_is_logged_has_no_place_for_a_prompt() -> None:
-    told = {field.name for field in fields(Served)}
+    told = {field.name for field in fields(EndedRequest)}
     assert told == {"request_id", "method", "route", "status", "seconds", "code", "gone", "bytes_in", "bytes_out"} | {
         "rows",
         "version",

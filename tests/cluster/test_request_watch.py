@@ -1,6 +1,7 @@
 """What is said of a request when it has ended: routes by template, statuses, bytes, clients that leave."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,26 +9,28 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp
 
 from cluster.api_errors import ApiError, install_handlers
 from cluster.body_limit import BodyLimit, Limit
 from cluster.request_ids import RequestIds
-from cluster.request_watch import GONE_STATUS, RequestWatch, Served, code_of, note
+from cluster.request_watch import GONE_STATUS, EndedRequest, RequestWatch, code_of, note
+
+AFTER_S = 0.1
 
 
 class Body(BaseModel):
     prompt: str
 
 
-def make_app(ended: list[Served], began: list[int]) -> FastAPI:
-    """Routes that answer, refuse, stream and break, behind the middlewares in the order the endpoint has them."""
+def make_app(ended: list[EndedRequest], began: list[int]) -> ASGIApp:
+    """Routes that answer, refuse, stream and break, with the middlewares in the order the endpoint has them."""
     app = FastAPI()
     install_handlers(app, Body.model_fields)
     app.add_middleware(BodyLimit, usual=Limit(1000, "serve.max_body_bytes"))
-    app.add_middleware(RequestWatch, began=lambda: began.append(1), ended=[ended.append])
-    app.add_middleware(RequestIds)
 
     @app.post("/v1/draw")
     async def draw(body: Body, request: Request) -> dict[str, str]:
@@ -48,13 +51,18 @@ def make_app(ended: list[Served], began: list[int]) -> FastAPI:
             for _ in range(3):
                 yield b"12345"
 
-        return StreamingResponse(parts())
+        return StreamingResponse(parts(), background=BackgroundTask(work_after))
 
-    return app
+    return RequestIds(RequestWatch(app, began=lambda: began.append(1), ended=[ended.append]))
 
 
-def ask(method: str, path: str, **content: Any) -> Served:
-    ended: list[Served] = []
+async def work_after() -> None:
+    """What a route does when its client has everything, long enough to be seen."""
+    await asyncio.sleep(AFTER_S)
+
+
+def ask(method: str, path: str, **content: Any) -> EndedRequest:
+    ended: list[EndedRequest] = []
     began: list[int] = []
 
     async def send() -> httpx.Response:
@@ -65,7 +73,7 @@ def ask(method: str, path: str, **content: Any) -> Served:
     answer = asyncio.run(send())
     (served,) = ended
     assert began == [1]
-    assert served.request_id == answer.headers.get("x-request-id", served.request_id)
+    assert served.request_id == answer.headers["x-request-id"]
     assert served.status == answer.status_code and served.seconds >= 0
     return served
 
@@ -91,7 +99,7 @@ def test_routes_are_named_by_their_template() -> None:
         ({"json": {"prompt": "refuse"}}, 400, "invalid_value"),
         ({"json": {}}, 400, "missing_required_parameter"),
         ({"content": b"{" * 2000}, 413, "request_too_large"),
-        ({"json": {"prompt": "break"}}, 500, "server_error"),
+        ({"json": {"prompt": "break"}}, 500, "internal_error"),
     ],
 )
 def test_refusals_are_told_with_their_code(content: dict[str, Any], status: int, code: str) -> None:
@@ -99,8 +107,10 @@ def test_refusals_are_told_with_their_code(content: dict[str, Any], status: int,
     assert (served.status, served.code, served.route) == (status, code, "/v1/draw")
 
 
-def test_stream_is_counted_to_its_last_byte() -> None:
-    assert ask("GET", "/stream").bytes_out == 15
+def test_stream_is_counted_and_timed_to_its_last_byte() -> None:
+    start = time.monotonic()
+    served = ask("GET", "/stream")
+    assert served.bytes_out == 15 and served.seconds <= time.monotonic() - start - AFTER_S
 
 
 @pytest.mark.parametrize(
@@ -119,9 +129,9 @@ def test_code_is_one_of_ours_or_named_after_the_status(status: int, body: bytes,
     assert code_of(status, body) == code
 
 
-def leave(app: Any, after: str) -> tuple[list[Served], list[str]]:
+def leave(app: Any, after: str) -> tuple[list[EndedRequest], list[str]]:
     """Call an app as a server does whose client goes away after the answer's `start`, or before it."""
-    ended: list[Served] = []
+    ended: list[EndedRequest] = []
     sent: list[str] = []
 
     async def call() -> None:
@@ -164,8 +174,8 @@ def test_client_that_leaves_before_the_answer_is_499() -> None:
 
 
 def test_cancelled_request_is_told_as_gone() -> None:
-    async def cancelled() -> list[Served]:
-        ended: list[Served] = []
+    async def cancelled() -> list[EndedRequest]:
+        ended: list[EndedRequest] = []
         at_work = asyncio.Event()
 
         async def waits(scope: Any, receive: Any, send: Any) -> None:

@@ -11,10 +11,11 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
+from starlette.types import ASGIApp
 
 from cluster.api_errors import install_handlers
 from cluster.images_schema import ImagesRequest
-from cluster.request_watch import RequestWatch, Served, note
+from cluster.request_watch import EndedRequest, RequestWatch, note
 from cluster.serve_metrics import (
     LABELLED_SUMS,
     LEVELS,
@@ -27,7 +28,7 @@ from cluster.serve_metrics import (
 )
 from components.engine_status import EngineCounters, EngineStatus
 
-SERVED = Served("req_1", "POST", "/v1/images/generations", 200, 0.4, None, False, 10, 20, 2, "7", "team")
+SERVED = EndedRequest("req_1", "POST", "/v1/images/generations", 200, 0.4, None, False, 10, 20, 2, "7", "team")
 STATUS = EngineStatus(5, 3, 4096, 2.5, 1638.4, {"7": 4, "8": 1}, 30, 10, 0.02)
 COUNTERS = EngineCounters(100, 600, 900, 12.5, 40, 2, 3, 1, 17)
 MORE = {"state": "ready", "model_version": 8, "dataset": "emblems@0123", "run_id": "fresco-1"}
@@ -120,8 +121,7 @@ def test_number_of_series_is_bounded_whatever_comes() -> None:
 def make_app(metrics: ServeMetrics, dependencies: Any = ()) -> FastAPI:
     app = FastAPI()
     install_handlers(app, ImagesRequest.model_fields)
-    app.add_middleware(RequestWatch, began=metrics.began, ended=[metrics.ended])
-    add_metrics_route(app, metrics, dependencies)
+    add_metrics_route(app, metrics.exposition, dependencies)
 
     @app.post("/v1/images/generations")
     async def generate(body: ImagesRequest) -> dict[str, str]:
@@ -134,7 +134,7 @@ def make_app(metrics: ServeMetrics, dependencies: Any = ()) -> FastAPI:
     return app
 
 
-async def ask_often(app: FastAPI, count: int) -> str:
+async def ask_often(app: ASGIApp, count: int) -> str:
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 
@@ -153,7 +153,9 @@ async def ask_often(app: FastAPI, count: int) -> str:
 
 def test_scrape_after_many_requests_at_once_counts_each_and_repeats_nothing_they_said() -> None:
     count = 60
-    text = asyncio.run(ask_often(make_app(ServeMetrics("r-1", lambda: ENGINE)), count))
+    metrics = ServeMetrics("r-1", lambda: ENGINE)
+    watched = RequestWatch(make_app(metrics), began=metrics.began, ended=[metrics.ended])
+    text = asyncio.run(ask_often(watched, count))
     assert "secret" not in text.lower()
     found = series(text.encode())
     by_route = {labels: value for (name, labels), value in found.items() if name == "fresco_requests_total"}
@@ -206,7 +208,8 @@ def test_note_of_a_route_reaches_the_metrics() -> None:
         note(request, rows=3, version=9)
 
     async def ask() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        watched = RequestWatch(app, began=metrics.began, ended=[metrics.ended])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=watched), base_url="http://test") as client:
             assert (await client.get("/noted")).status_code == 200
 
     asyncio.run(ask())
