@@ -164,6 +164,12 @@ async function untilReady(signal) {
   while (!await look(signal)) await pause(RETRY_S, signal);
 }
 
+/** Look until a model serves; who asks meanwhile waits for the same. */
+function watch() {
+  watch.running ??= untilReady().finally(() => { watch.running = null; });
+  return watch.running;
+}
+
 function showServed(status) {
   const words = {
     ready: () => [["Version", status.model_version], ["trained on", status.dataset], ["run", status.run_id]]
@@ -305,7 +311,7 @@ async function draw(event) {
     remember(body, done.filter(Boolean));
     work = null;
     busy(false);
-    look();  // another version may serve by now
+    watch();  // another version may serve by now
   }
 }
 
@@ -418,7 +424,7 @@ async function start() {
   restoreHistory();
   const settings = async () => adopt(await (await fetch("playground.json", { cache: "no-store" })).json());
   await settings().catch(() => {});  // the endpoint is away: what follows says so
-  await untilReady();
+  await watch();
   if (!limits.model) await settings();
 }
 

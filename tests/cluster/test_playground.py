@@ -26,7 +26,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.api_errors import ApiError, install_handlers, later, refused_content
+from cluster.api_errors import ApiError, install_handlers, later, once, refused_content
 from cluster.images_schema import ImagesRequest, make_order
 from cluster.placement import ServeSection
 from cluster.playground import ASSETS, add_playground, make_page
@@ -65,6 +65,8 @@ class Studio:
         self.state = "ready"
         self.version = 7
         self.key = ""
+        self.fault: ApiError | None = None
+        """Ends a stream after its first finished picture, or refuses it where the status says so."""
         self.asked: list[dict[str, Any]] = []
         self.url = ""
 
@@ -93,6 +95,8 @@ class Studio:
         self.asked.append(body.model_dump(exclude_none=True))
         if "forbidden" in body.prompt:
             raise refused_content("violence")
+        if self.fault and self.fault.status < 500:
+            raise self.fault
         order = make_order(body, LIMITS, SHAPE)
         return stream(self.draw(order.rows, order.size, order.partial_images))
 
@@ -108,6 +112,8 @@ class Studio:
                 await asyncio.to_thread(self.go_on.wait, HOLD_LIMIT_S)
             for index, row in enumerate(rows):
                 yield events.completed(picture(row["seed"], 1.0, sides), index=index, seed=row["seed"])
+                if self.fault:
+                    raise self.fault
             ended = True
         finally:
             if not ended:
@@ -299,6 +305,36 @@ def test_refusal_stands_beside_the_field_it_blames(
     page.draw(**{field: "2"})
     page.drawn(2 if field == "n" else 1)
     assert not any(fault.text for fault in page.all(".fault"))
+
+
+@needs_chromium
+def test_error_in_mid_stream_is_told_and_what_was_finished_stays(browser: Chrome, studio: Studio) -> None:
+    studio.fault = once(500, "drawing failed; the endpoint's log says why", "internal_error")
+    page = Page(browser, studio)
+    page.draw(n="3", seed="30")
+    page.drawn(1)
+    assert page.text("#fault") == "Drawing failed; the endpoint's log says why."
+    assert "seed 30" in page.text("#stage") and len(page.all("#history button")) == 1
+
+
+@needs_chromium
+def test_full_queue_and_an_endpoint_that_is_away_are_told_in_sentences(browser: Chrome, studio: Studio) -> None:
+    studio.fault = later(429, "16 pictures wait already; try again in 7 s", "queue_full", 7)
+    page = Page(browser, studio)
+    page.draw()
+    page.wait(lambda: page.text("#fault") == "16 pictures wait already; try again in 7 s.")
+    browser.execute_cdp_cmd("Network.enable", {})
+    gone = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", gone)
+    try:
+        page.at("#draw").click()
+        page.wait(lambda: page.text("#fault").startswith("The endpoint did not answer"))
+    finally:
+        browser.execute_cdp_cmd("Network.emulateNetworkConditions", {**gone, "offline": False})
+    studio.fault = None
+    page.draw()
+    page.drawn(1)
+    assert page.text("#fault") == ""
 
 
 @needs_chromium
