@@ -8,6 +8,7 @@ import re
 import secrets
 
 from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +31,8 @@ class RequestIds:
         asked = dict(scope["headers"]).get(HEADER.encode(), b"")
         name = asked.decode("ascii") if NAME.fullmatch(asked) else f"req_{secrets.token_hex(NAME_BYTES)}"
         scope.setdefault("state", {})["request_id"] = name
+        # Whoever comes next and names requests too, as Ray Serve's proxy does, must take the same name.
+        MutableHeaders(scope=scope)[HEADER] = name
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -37,6 +40,11 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, named)
+
+
+def around_proxy() -> list[Middleware]:
+    """What Ray Serve's proxy puts around its own naming of requests (`session.QUIET_ENVIRONMENT` names this)."""
+    return [Middleware(RequestIds)]
 
 
 def request_id_of(request: Request) -> str:
