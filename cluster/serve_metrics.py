@@ -100,10 +100,10 @@ class ServeMetrics:
         self._in_flight.labels(self.replica).dec()
         self._requests.labels(self.replica, served.route, str(served.status)).inc()
         self._seconds.labels(self.replica, served.route).observe(served.seconds)
-        if served.code is not None:
-            self._refused.labels(self.replica, self._reason(served.code)).inc()
         if served.gone:
             self._gone.labels(self.replica, served.route).inc()
+        elif served.code is not None:
+            self._refused.labels(self.replica, self._reason(served.code)).inc()
         if served.rows and served.status < 400:
             self._rows.labels(self.replica, self._version(served.version or "")).inc(served.rows)
 

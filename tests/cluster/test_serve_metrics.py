@@ -55,7 +55,8 @@ def read_engine(engine: Mapping[str, Any]) -> dict[tuple[str, tuple[tuple[str, s
 def test_requests_are_counted_by_route_status_and_reason() -> None:
     metrics = ServeMetrics("r-1", dict)
     refused = replace(SERVED, status=429, code="queue_full", rows=None)
-    for served in (SERVED, SERVED, refused, replace(SERVED, gone=True, route="/v1/images/edits")):
+    gone = replace(SERVED, gone=True, status=499, code="client_gone", route="/v1/images/edits")
+    for served in (SERVED, SERVED, refused, gone):
         metrics.began()
         metrics.ended(served)
     metrics.began()
@@ -63,10 +64,11 @@ def test_requests_are_counted_by_route_status_and_reason() -> None:
     drawn = ("route", "/v1/images/generations")
     assert found["fresco_requests_total", (drawn, ("status", "200"))] == 2
     assert found["fresco_requests_total", (drawn, ("status", "429"))] == 1
-    assert found["fresco_refused_total", (("reason", "queue_full"),)] == 1
+    refusals = {labels: value for (name, labels), value in found.items() if name == "fresco_refused_total"}
+    assert refusals == {(("reason", "queue_full"),): 1}, "who left was not refused"
     assert found["fresco_clients_gone_total", (("route", "/v1/images/edits"),)] == 1
     assert found["fresco_requests_in_flight", ()] == 1
-    assert found["fresco_pictures_total", (("version", "7"),)] == 6
+    assert found["fresco_pictures_total", (("version", "7"),)] == 4
     assert found["fresco_request_seconds_count", (drawn,)] == 3
     assert found["fresco_request_seconds_sum", (drawn,)] == pytest.approx(1.2)
     assert found["fresco_request_seconds_bucket", (("le", "0.25"), drawn)] == 0
