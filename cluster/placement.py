@@ -6,9 +6,9 @@ Light on purpose: importing it costs no torch and no ray.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.errors import PlacementError
 
@@ -56,8 +56,22 @@ class ServeSection(Section):
     max_steps: int = Field(100, ge=1)
     max_guidance_scale: float = Field(30.0, gt=0)
     max_side_px: int = Field(512, ge=8)
-    max_queue: int = Field(16, ge=1)
-    """Requests waiting for the denoiser; one more is answered 429 with Retry-After."""
+    max_queue: int = Field(64, ge=1)
+    """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After."""
+    max_batch_rows: int = Field(64, ge=2)
+    """Denoiser rows of one step, of all requests together; a guided picture needs two."""
+    max_cached_prompts: int = Field(1024, ge=0)
+    """Prompts whose text states are kept, so that a repeated prompt is not encoded again."""
+    strict: bool = False
+    """Draw in calls of one fixed size: the same bits in any company, at the price of a full call for every step."""
+    blocklist_file: str = ""
+    """Text file of words and phrases, by [category]; a prompt that says one is refused. Empty refuses none."""
+    safety_classifier: str = ""
+    """module:function or FILE.py:function that makes a judge of prompts and pictures; empty judges none."""
+    safety_options: dict[str, Any] = {}
+    """Keyword arguments of the classifier's function."""
+    follow_s: float = Field(5.0, gt=0)
+    """Seconds between looks at which version is the champion; a new one is loaded beside the old."""
     max_body_bytes: int = Field(1_000_000, ge=1024)
     """Largest JSON body; a larger one is answered 413 before it is held in memory."""
     api_keys_file: str = ""
@@ -87,11 +101,26 @@ class ServeSection(Section):
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)
 
-    @field_validator("api_keys_file")
+    @field_validator("api_keys_file", "blocklist_file")
     @classmethod
     def _absolute(cls, path: str) -> str:
         """Replicas run in folders of their own."""
         return str(Path(path).expanduser().absolute()) if path else ""
+
+    @field_validator("safety_classifier")
+    @classmethod
+    def _absolute_file(cls, name: str) -> str:
+        place, colon, function = name.rpartition(":")
+        return f"{Path(place).expanduser().absolute()}{colon}{function}" if place.endswith(".py") else name
+
+    @model_validator(mode="after")
+    def _largest_request_can_wait(self) -> "ServeSection":
+        if self.max_queue < self.max_images:
+            raise ValueError(
+                f"serve.max_queue expected at least serve.max_images ({self.max_images}), found {self.max_queue}: the"
+                " largest request could never wait; raise max_queue or lower max_images"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class RequestIds:
         asked = dict(scope["headers"]).get(HEADER.encode(), b"")
         name = asked.decode("ascii") if NAME.fullmatch(asked) else f"req_{secrets.token_hex(NAME_BYTES)}"
         scope.setdefault("state", {})["request_id"] = name
+        # Whoever comes next and names requests too, as Ray Serve's proxy does, must take the same name.
+        MutableHeaders(scope=scope)[HEADER] = name
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,7 +1,7 @@
 """One endpoint: a Ray Serve replica that owns a model behind the HTTP routes of `images_api`, from start to clean end.
 
 The model comes as an importable factory and plain arguments; nothing here knows what it draws. The port is checked
-before anything starts. Serve's own queue is wider than ours, so that a full endpoint is answered in OpenAI's shape.
+before anything starts. Serve's own limit is far above ours, so that a full endpoint is answered in OpenAI's shape.
 """
 
 import logging
@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from cluster.errors import EndpointError, PlacementError
-from cluster.painter_thread import PainterThread
+from cluster.painter_bridge import Follow, PainterBridge
 from cluster.placement import PlacementSection, ServeSection
 from cluster.session import local_session
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 APPLICATION = "fresco"
-SPARE_REQUESTS = 64
-"""Places at the replica beyond the drawing queue: refusals, health and model lists are answered while it is full."""
+MOST_REQUESTS = 4096
+"""Requests that Serve lets to a replica at a time: the engine refuses long before, and says when to come again."""
 READY_LIMIT_S = 300.0
 POLL_S = 0.25
 DRAIN_S = 30.0
@@ -40,25 +41,35 @@ class ModelSource:
     arguments: Mapping[str, Any]
     name: str
     """What clients call the model."""
+    workspace: str
+    """Folder for pictures handed out by address and for what is captured; all replicas share it."""
+    follow: Follow | None = None
+    """Where to look for the model that should serve; None serves the first one for ever."""
 
 
 class ImagesReplica:
-    """What Serve runs: the model's thread, and the routes made around it when the replica starts."""
+    """What Serve runs: the model with its threads, and the routes made around it when the replica starts."""
 
     def __init__(self, source: ModelSource, settings: Mapping[str, Any]) -> None:
-        self.limits = ServeSection(**settings)
-        self.name = source.name
-        self.painter = PainterThread(source.factory, source.arguments, self.limits.max_queue)
+        from cluster.drawing_routes import Desk
+
+        self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
+        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace))
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         from cluster.images_api import make_app
 
-        return make_app(self.painter, self.limits, self.name)
+        return make_app(self.desk)
 
     def check_health(self) -> None:
-        """Let Serve start a fresh replica when the model could not be loaded."""
-        if self.painter.state == "failed":
-            raise EndpointError(f"the model could not be loaded: {self.painter.error}")
+        """Let Serve start a fresh replica when the model could not be loaded or its loop has ended."""
+        if self.bridge.problem:
+            raise EndpointError(self.bridge.problem)
+
+    def __del__(self) -> None:
+        """Serve calls it when it ends a replica that has no request left."""
+        self.bridge.close()
+        self.desk.close()
 
 
 @contextmanager
@@ -92,15 +103,19 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int, application:
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
+    from starlette.middleware import Middleware
+
+    from cluster.request_ids import RequestIds
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    http = HTTPOptions(host=settings.host, port=port)
+    # Outside of Serve's own middleware for request ids, which would add a second header beside ours.
+    http = HTTPOptions(host=settings.host, port=port, middlewares=[Middleware(RequestIds)])
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
     as_deployment = serve.deployment(
         name="images",
         num_replicas=1,
-        max_ongoing_requests=settings.max_queue + 1 + SPARE_REQUESTS,
+        max_ongoing_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,

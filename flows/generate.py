@@ -1,15 +1,17 @@
 """fresco generate: PNG files for prompts, from the workspace's endpoint, from any URL, or from a model on this machine.
 
-Each file carries its prompt, seed and model version as PNG text. Existing files are never overwritten.
+A file drawn here carries its prompt, seed and model version as PNG text; one from an endpoint carries the endpoint's
+signed record, which never holds the prompt. Existing files are never overwritten.
 """
 
 import base64
+import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -20,9 +22,14 @@ from flows.config import Config
 from flows.console import say
 from flows.serve import endpoint_of
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 CONNECT_TIMEOUT_S = 10.0
 DRAWING_TIMEOUT_S = 600.0
 NAME_CHARS = 40
+ROW_TEXTS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale")
+MODEL_TEXTS = ("model_version", "dataset", "run_id")
 HERE = ("127.0.0.1", "localhost", "::1")
 
 
@@ -148,20 +155,36 @@ def bearer(api_key: str | None) -> dict[str, str]:
 def _local(config: Config, model: str) -> Any:
     import torch
 
+    from components.sampler import PictureRequest, draw
+    from flows.loaded_model import load_model, model_arguments
     from flows.models import resolve_model
-    from flows.paint import make_painter, painter_arguments
 
     found = resolve_model(config, model)
-    painter = make_painter(**painter_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_model(**model_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
 
-    def draw(prompt: str, wish: Wish) -> Drawn:
+    def draw_here(prompt: str, wish: Wish) -> Drawn:
         from cluster.api_errors import ApiError
         from cluster.images_schema import ImagesRequest, make_rows
 
         try:
-            rows = make_rows(ImagesRequest(**wish.body(prompt)), config.serve, painter.info())
+            rows = make_rows(ImagesRequest(**wish.body(prompt)), config.serve, loaded.info)
         except ApiError as error:
             raise InputError(error.message) from error
-        return Drawn(painter.draw(rows), [row["seed"] for row in rows], found.version)
+        pictures = draw(loaded.parts, [PictureRequest(**row) for row in rows])
+        pngs = [_png(picture, row, loaded.info) for picture, row in zip(pictures, rows, strict=True)]
+        return Drawn(pngs, [row["seed"] for row in rows], found.version)
 
-    return draw
+    return draw_here
+
+
+def _png(picture: "Image", row: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
+    """Encode a picture that stays here: unlike the endpoint's, it says what was asked."""
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for source, keys in ((row, ROW_TEXTS), (info, MODEL_TEXTS)):
+        for key in keys:
+            texts.add_text(key, str("" if source[key] is None else source[key]))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", pnginfo=texts)
+    return file.getvalue()

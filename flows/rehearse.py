@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cluster.artifacts import open_workspace
 from cluster.errors import EndpointError
 from cluster.serving import ModelSource, endpoint, replica_memory_bytes
 from components.errors import NonFiniteError
@@ -31,10 +32,11 @@ SEED = 7
 def rehearse(config: Config, model: ResolvedModel) -> Served:
     """Serve the model, ask for the fixed prompts one by one, compare, end it; a failure is told in `problem`."""
     device = "cuda" if config.serve.gpus_per_replica else "cpu"
-    source = ModelSource(FACTORY, painter_arguments(config, model, device), config.name)
-    # Reached from this machine only and asked by this verb only: no keys, and nothing that the monitor should see.
+    # Reached from this machine only and asked by this verb only: no keys, nothing refused, nothing for the monitor.
     alone = {"host": "127.0.0.1", "port": 0, "api_keys_file": "", "capture_share": 0.0}
-    settings = config.serve.model_copy(update=alone)
+    settings = config.serve.model_copy(update={**alone, "blocklist_file": "", "safety_classifier": ""})
+    arguments = painter_arguments(config.model_copy(update={"serve": settings}), model, device)
+    source = ModelSource(FACTORY, arguments, config.name, str(open_workspace(config.workspace).root))
     say(f"starting {model.name} on the serving path, beside what serves")
     began = time.monotonic()
     try:

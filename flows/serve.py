@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flows
 from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
@@ -24,9 +24,11 @@ from cluster.serving import DRAIN_S, READY_LIMIT_S, ModelSource, endpoint, find_
 from flows.config import Config
 from flows.console import program, say, step
 
+if TYPE_CHECKING:
+    from flows.follow import Follower
+
 POLL_S = 0.25
 TELL_EVERY_S = 5.0
-LOOK_EVERY_S = 5.0
 UNREACHABLE_LIMIT_S = 60.0
 END_LIMIT_S = DRAIN_S + 60.0
 LOG_TAIL_LINES = 15
@@ -46,8 +48,8 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
         say(f"the endpoint runs already: {running['url']} serves {champion.uri}")
         return _result(running)
     if running is not None:
-        say(f"{running['url']} serves version {running['model_version']}; it is ended and started with {champion.uri}")
-        _stop(workspace)
+        say(f"{running['url']} serves version {running['model_version']} and follows the champion to {champion.uri}")
+        return _result(_wait_for_version(workspace, champion.number))
     find_port(config.serve.host, config.serve.port)
     if detach:
         return _result(_detach(config, workspace))
@@ -76,6 +78,7 @@ def plan(config: Config) -> list[str]:
         f"find models:/{config.name}@{CHAMPION} and check that its weights are those that were promoted",
         f"start Ray with a replica of {config.serve.cpus_per_replica:g} CPU and {config.serve.gpus_per_replica:g} GPU",
         f"draw a first picture, then answer on {config.serve.host}, {port}, until ended",
+        f"look every {config.serve.follow_s:g} s which version is the champion, and load a new one beside the old",
     ]
 
 
@@ -104,28 +107,26 @@ def _champion(config: Config, workspace: Workspace) -> Version:
 
 def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
     """Block while the endpoint runs."""
+    from flows.follow import Follower
     from flows.models import resolve_model
-    from flows.paint import FACTORY, painter_arguments
+    from flows.paint import FACTORY
 
     with _ended_by_signals() as listen, hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
         model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
         say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
-        device = "cuda" if config.serve.gpus_per_replica else "cpu"
-        source = ModelSource(FACTORY, painter_arguments(config, model, device), config.name)
+        follower = Follower(config, workspace, model)
+        source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
         with endpoint(source, config.serve, config.placement) as url:
             listen()
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            record = {"url": url, "pid": os.getpid(), "model_version": model.version, "since": since}
-            write_json_atomic(_record(workspace), record)
-            _say_ready(record)
+            _say_ready(follower.write_record(url, os.getpid(), model.version))
             try:
-                _watch(url, confirm)
+                _watch(url, confirm, follower, config.serve.follow_s)
             except KeyboardInterrupt:
                 say("ending: drawings at work are finished first")
             finally:
                 _record(workspace).unlink(missing_ok=True)
-    return record
+    return follower.record
 
 
 @contextmanager
@@ -146,14 +147,16 @@ def _ended_by_signals() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _watch(url: str, confirm: Any) -> None:
-    """Wait for ever, as long as the endpoint answers and the lease is ours."""
+def _watch(url: str, confirm: Any, follower: "Follower", every_s: float) -> None:
+    """Wait for ever, as long as the endpoint answers and the lease is ours; follow the champion meanwhile."""
     answered = time.monotonic()
     while True:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(every_s)
         confirm()
-        if readiness(url) is not None:
+        status = readiness(url)
+        if status is not None:
             answered = time.monotonic()
+            follower.look(status)
         elif time.monotonic() - answered > UNREACHABLE_LIMIT_S:
             raise EndpointError(
                 f"endpoint expected to answer at {url}, found no answer for {UNREACHABLE_LIMIT_S:.0f} s: Ray or the"
@@ -209,6 +212,22 @@ def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log:
             last = _tail(log, 1) or "starting"
             say(f"waiting for the endpoint: {now - start:.0f} s of at most {READY_LIMIT_S:.0f} s: {last}")
         time.sleep(POLL_S)
+
+
+def _wait_for_version(workspace: Workspace, number: int) -> dict[str, Any]:
+    """Wait until the running endpoint draws with a version; EndpointError past the limit, or when it ends."""
+    start = time.monotonic()
+    while time.monotonic() - start < READY_LIMIT_S:
+        record = endpoint_of(workspace)
+        if record is None:
+            raise EndpointError("endpoint expected to follow the champion, found it ended; start it with: fresco serve")
+        if record["model_version"] == number:
+            return record
+        time.sleep(POLL_S)
+    raise EndpointError(
+        f"endpoint expected to serve version {number} within {READY_LIMIT_S:.0f} s, found it still on version"
+        f" {record['model_version']}; its terminal or serving/serve.log says why; fresco serve --stop ends it"
+    )
 
 
 def _stop(workspace: Workspace) -> dict[str, Any]:

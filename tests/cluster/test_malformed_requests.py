@@ -6,53 +6,33 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
-from cluster.body_limit import BodyLimit, Limit
-from cluster.images_api import EDITS_ROUTE, GENERATIONS_ROUTE, make_app
-from cluster.images_schema import make_order
-from cluster.picture_urls import PictureStore, add_route
+from cluster.drawing_routes import EDITS_ROUTE, GENERATIONS_ROUTE
+from cluster.images_api import make_app
 from cluster.placement import ServeSection
-from cluster.uploads import read_edit
+from tests.endpoint import open_desk
 
-LIMITS = ServeSection(max_body_bytes=20_000, max_upload_bytes=100_000, max_upload_pixels=4096)
-INFO = {"width_px": 16, "height_px": 16, "size_multiple_px": 8, "min_side_px": 16, "model_version": 1}
+LIMITS = ServeSection(
+    max_body_bytes=20_000, max_upload_bytes=100_000, max_upload_pixels=4096, default_steps=2, capture_share=0
+)
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=b"}
 
 
-class Painter:
-    """Stands where PainterThread does; nothing malformed may reach it."""
-
-    state, error, info = "ready", "", INFO
-
-    async def draw(self, rows: Any) -> list[bytes]:
-        return [b"drawn" for _ in rows]
-
-
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    app: FastAPI = make_app(Painter(), LIMITS, "fresco")  # type: ignore[arg-type]
-    app.user_middleware.clear()
-    limit = Limit(LIMITS.max_upload_bytes, "serve.max_upload_bytes")
-    app.add_middleware(
-        BodyLimit, usual=Limit(LIMITS.max_body_bytes, "serve.max_body_bytes"), of_path={EDITS_ROUTE: limit}
-    )
-    add_route(app, PictureStore(tmp_path_factory.mktemp("pictures"), 60, 10_000))
-
-    @app.post(EDITS_ROUTE)
-    async def edit(request: Request) -> int:
-        body, upload = await read_edit(request, LIMITS)
-        return len(make_order(body, LIMITS, INFO, own_size=upload.picture.size).rows)
-
-    with TestClient(app, raise_server_exceptions=False) as client:
+def client(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with (
+        open_desk(tiny_base, tmp_path_factory.mktemp("workspace"), LIMITS, resolution_px=16) as desk,
+        TestClient(make_app(desk), raise_server_exceptions=False) as client,
+    ):
         yield client
 
 
@@ -96,7 +76,7 @@ BODIES: list[Any] = [
     *({"prompt": "x", "output_format": kind} for kind in ("gif", "PNG", 1)),
     *(
         {"prompt": "x", **more}
-        for more in ({"stream": "yes"}, {"model": "dall-e-3"}, {"model": 5}, {"scheduler": "euler"})
+        for more in ({"stream": "yes"}, {"model": "dall-e-3"}, {"model": 5}, {"scheduler": "magic"})
     ),
     *(
         {"prompt": "x", **more}

@@ -3,6 +3,7 @@
 import base64
 import io
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,14 +14,17 @@ import openai
 import pytest
 from PIL import Image
 
+from cluster.answers import PROVENANCE
 from cluster.errors import EndpointError, PlacementError
 from cluster.placement import PlacementSection, ServeSection
 from cluster.serving import ModelSource, endpoint, find_port, readiness, url_of, wait_until_ready
 from components.models import make_tiny, save_parts
+from components.provenance import verify
+from components.signing_key import read_public_keys
+from tests.endpoint import FACTS, painter_arguments
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
-SETTINGS = ServeSection(default_steps=2, max_images=3, max_steps=10, max_side_px=64)
-FACTS = {"name": "fresco", "model_version": 4, "dataset": "emblems@0123456789ab", "run_id": "fresco-abc"}
+SETTINGS = ServeSection(default_steps=2, max_images=3, max_steps=1_000, max_side_px=64)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,14 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(pipeline: Path) -> ModelSource:
-    arguments = {"directory": str(pipeline), "device": "cpu", "resolution_px": 32, "fallback_px": 16, "facts": FACTS}
-    return ModelSource("flows.paint:make_painter", arguments, "fresco")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="module")
+def source(pipeline: Path, workspace: Path) -> ModelSource:
+    arguments = painter_arguments(pipeline, workspace / "keys", SETTINGS)
+    return ModelSource("flows.paint:make_painter", arguments, "fresco", str(workspace))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def picture(b64_json: str | None) -> Image.Image:
     return image
 
 
-def test_openai_client_gets_pictures_with_their_provenance(client: openai.OpenAI) -> None:
+def test_openai_client_gets_pictures_with_their_provenance(client: openai.OpenAI, workspace: Path) -> None:
     answer: Any = client.images.generate(
         prompt="a red circle",
         model="fresco",
@@ -66,18 +75,44 @@ def test_openai_client_gets_pictures_with_their_provenance(client: openai.OpenAI
     )
     assert (answer.model_version, answer.dataset, answer.run_id) == (4, "emblems@0123456789ab", "fresco-abc")
     assert answer.seeds == [7, 8] and answer.created > 0 and answer.data[0].revised_prompt is None
+    content = base64.b64decode(answer.data[1].b64_json)
     second = picture(answer.data[1].b64_json)
     assert second.size == (64, 64) and second.format == "PNG"
-    assert second.text == {  # type: ignore[attr-defined]
-        "prompt": "a red circle",
-        "negative_prompt": "a square",
-        "seed": "8",
-        "steps": "3",
-        "guidance_scale": "2.5",
-        "model_version": "4",
-        "dataset": "emblems@0123456789ab",
-        "run_id": "fresco-abc",
-    }
+    verdict = verify(content, read_public_keys(workspace / "keys"))
+    assert verdict.status == "valid" and verdict.facts["request_id"] == answer._request_id
+    made = {"model_version": 4, "dataset": "emblems@0123456789ab", "run_id": "fresco-abc", "seed": 8}
+    assert {key: verdict.facts[key] for key in made} == made
+    assert not {"prompt", "negative_prompt"} & set(verdict.facts)
+
+
+def test_pictures_by_address_streams_and_edits_pass_through_serve(client: openai.OpenAI) -> None:
+    by_url: Any = client.images.generate(prompt="x", response_format="url", extra_body={"seed": 1})
+    got = httpx.get(by_url.data[0].url, trust_env=False)
+    assert got.status_code == 200 and got.headers["content-type"] == "image/png"
+    more = {"seed": 1, "steps": 8}
+    events: list[Any] = list(client.images.generate(prompt="x", stream=True, partial_images=1, extra_body=more))
+    kinds = [event.type for event in events]
+    assert kinds == ["image_generation.partial_image", "image_generation.completed"]
+    edited: Any = client.images.edit(image=got.content, prompt="x", extra_body={"strength": 0.5})
+    assert picture(edited.data[0].b64_json).size == (32, 32)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_whose_client_goes_away_is_no_longer_at_work(url: str, stream: bool) -> None:
+    name = {"x-request-id": f"left-behind-{stream}"}
+    body = {"prompt": "x", "n": 3, "size": "64x64", "steps": 1_000, "stream": stream}
+    with httpx.Client(trust_env=False) as http:
+        request = http.build_request("POST", f"{url}/v1/images/generations", json=body, headers=name, timeout=1)
+        if stream:
+            http.send(request, stream=True).close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.send(request)
+        # A name at work is refused with 409, one that is free is accepted: the rows are gone then.
+        short = {"prompt": "x", "steps": 1}
+        deadline = time.monotonic() + 20
+        while http.post(f"{url}/v1/images/generations", json=short, headers=name, timeout=30).status_code == 409:
+            assert time.monotonic() < deadline
 
 
 def test_same_seed_draws_the_same_picture_alone_or_in_company(client: openai.OpenAI) -> None:
@@ -98,7 +133,11 @@ def test_headers_name_the_model_version_and_the_request(client: openai.OpenAI) -
     assert raw.headers["x-fresco-model-version"] == "4"
     assert raw.headers["x-fresco-dataset"] == "emblems@0123456789ab"
     assert raw.headers["x-fresco-run-id"] == "fresco-abc"
-    assert raw.headers["x-request-id"]
+    assert raw.headers.get_list("x-request-id") == [raw.request_id]
+    named = client.images.with_raw_response.generate(prompt="x", extra_headers={"x-request-id": "my-own-name"})
+    assert named.headers.get_list("x-request-id") == ["my-own-name"]
+    replaced = client.images.with_raw_response.generate(prompt="x", extra_headers={"x-request-id": "no good"})
+    assert len(replaced.headers.get_list("x-request-id")) == 1 and replaced.request_id != "no good"
 
 
 def test_refusals_become_the_clients_own_exceptions(client: openai.OpenAI) -> None:
@@ -107,14 +146,14 @@ def test_refusals_become_the_clients_own_exceptions(client: openai.OpenAI) -> No
     assert (wrong_size.value.param, wrong_size.value.code) == ("size", "invalid_value")
     with pytest.raises(openai.BadRequestError, match="expected 1 to 3, found 4"):
         client.images.generate(prompt="x", n=4)
-    with pytest.raises(openai.BadRequestError, match="response_format expected to be b64_json"):
-        client.images.generate(prompt="x", response_format="url")
+    with pytest.raises(openai.BadRequestError, match="response_format expected b64_json with stream=true"):
+        client.images.generate(prompt="x", response_format="url", stream=True)
     with pytest.raises(openai.BadRequestError, match="nearest: 'seed'"):
         client.images.generate(prompt="x", extra_body={"sed": 1})
     with pytest.raises(openai.NotFoundError) as wrong_model:
         client.images.generate(prompt="x", model="dall-e-3")
     assert wrong_model.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError, match="/v1/images/edits"):
+    with pytest.raises(openai.BadRequestError, match="image expected a whole picture"):
         client.images.edit(image=b"x", prompt="x")
 
 
@@ -136,7 +175,7 @@ def test_models_health_readiness_and_documentation(url: str, client: openai.Open
     assert [model.id for model in client.models.list()] == ["fresco"]
     assert client.models.retrieve("fresco").owned_by == "fresco"
     assert httpx.get(f"{url}/healthz", trust_env=False).json() == {"status": "ok"}
-    assert readiness(url) == {"status": "ready", "error": "", **{k: FACTS[k] for k in FACTS if k != "name"}}
+    assert readiness(url) == {"status": "ready", "error": "", **{k: FACTS[k] for k in PROVENANCE}}
     assert "/v1/images/generations" in httpx.get(f"{url}/openapi.json", trust_env=False).json()["paths"]
 
 

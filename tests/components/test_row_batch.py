@@ -15,9 +15,6 @@ from components.row_batch import RowBatch, join, make_plan, step_rows
 from components.sampler import PictureRequest
 from components.versions import Version
 
-# Inside diffusers 0.42 under NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 SIDE = {"width_px": 16, "height_px": 16}
 
 

@@ -25,9 +25,6 @@ from components.solvers import (
     flow_table,
 )
 
-# Inside diffusers 0.42 under NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 # fp32 on both sides, but other factors are rounded: two orders above one rounding, three below a wrong coefficient.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 SPACINGS: list[dict[str, Any]] = [

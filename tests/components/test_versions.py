@@ -8,9 +8,6 @@ import torch
 from components.models import encode_text, make_tiny
 from components.versions import TextCache, Version
 
-# Inside diffusers 0.42 under NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
 def test_repeated_prompts_are_encoded_once_and_as_without_a_cache(family: str) -> None:

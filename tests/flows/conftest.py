@@ -69,7 +69,7 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tmp_path: Path, empty_registry: Path) -> Config:
     (tmp_path / "workspace").mkdir()
     shutil.copy(empty_registry, tmp_path / "workspace" / "mlflow.db")
-    serve = ServeSection(default_steps=2, max_images=3, max_steps=10, max_side_px=64)
+    serve = ServeSection(default_steps=2, max_images=3, max_steps=10, max_side_px=64, follow_s=0.5)
     return Config(workspace=str(tmp_path / "workspace"), data=DataSection(resolution_px=16), serve=serve)
 
 

@@ -18,7 +18,7 @@ from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import hold_lease, process_is, read_lease
 from cluster.registry import TAG_MODEL_FINGERPRINT, Registry
 from cluster.serving import readiness
-from flows import generate, serve, status
+from flows import generate, serve, status, verify
 from flows.config import Config, with_overrides
 from flows.generate import Wish
 from flows.models import resolve_model
@@ -127,12 +127,24 @@ def test_detached_server_serves_says_so_and_ends(config: Config, make_run, tmp_p
     here = generate.run(config, ["a red circle"], str(tmp_path / "here"), Wish(seed=3), model="models:/fresco@champion")
     assert drawn["model_version"] == here["model_version"] == version and drawn["seeds"] == [3, 4]
     with Image.open(drawn["files"][0]) as remote, Image.open(here["files"][0]) as local:
-        assert remote.text == local.text
+        shared = ("seed", "steps", "guidance_scale", "model_version", "dataset", "run_id")
+        assert {key: remote.text[key] for key in shared} == {key: local.text[key] for key in shared}
+        assert "prompt" in local.text and "prompt" not in remote.text
         # Two rows in one batch there, one row here: values move by about 1e-6, which can turn one rounding.
         assert max(abs(a - b) for a, b in zip(remote.tobytes(), local.tobytes(), strict=True)) <= 1
     with pytest.raises(EndpointError, match="found status 400: n expected 1 to 3, found 9"):
         generate.run(config, ["x"], str(tmp_path / "out"), Wish(n=9))
 
+    assert verify.run(config, drawn["files"][0])["verdict"] == "valid"
+
+    make_run("fresco-bbb", 1)
+    newer = set_champion(config, "fresco-bbb")
+    followed = serve.run(config, detach=True)
+    assert followed == {**answer, "model_version": newer}, "the same process draws with the new champion"
+    assert (readiness(answer["url"]) or {})["run_id"] == "fresco-bbb"
+    assert generate.run(config, ["x"], str(tmp_path / "out"), Wish(seed=3))["model_version"] == newer
+
+    answer = followed
     lock = open_workspace(config.workspace).root / "locks" / "endpoint.lock"
     lease = read_lease(lock)
     assert lease is not None and lease.pid == answer["pid"]

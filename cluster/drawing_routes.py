@@ -1,0 +1,168 @@
+"""The routes that draw: generations, edits, and the cancelling of either.
+
+A request is checked against every limit before the painter hears of it. Its rows are freed as soon as its client is
+gone, streamed or not. What was drawn is offered to capture after the answer has been sent.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import JSONResponse
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.answers import answer, headers_of, write_events
+from cluster.api_errors import ApiError, ErrorBody, once
+from cluster.api_keys import ApiKey
+from cluster.artifacts import Workspace
+from cluster.capture import Capture, Served, open_capture
+from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, ImagesResponse, make_order
+from cluster.painter_bridge import PainterBridge
+from cluster.painter_contract import Finished, Job
+from cluster.picture_urls import PictureStore, address_of, open_pictures
+from cluster.placement import ServeSection
+from cluster.request_ids import request_id_of
+from cluster.sse import stream
+from cluster.uploads import Upload, describe_body, read_edit
+
+GENERATIONS_ROUTE = "/v1/images/generations"
+EDITS_ROUTE = "/v1/images/edits"
+REQUESTS_ROUTE = "/v1/requests"
+GONE_STATUS = 499
+"""As nginx and Ray Serve call it: the client closed the request."""
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "the request is at fault"},
+    "5XX": {"model": ErrorBody, "description": "the endpoint is at fault"},
+}
+DRAWN: dict[str, Any] = {
+    "model": ImagesResponse,
+    "description": "pictures, or with stream=true events as they take shape",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+ANSWERS = {200: DRAWN, **ERRORS}
+
+T = TypeVar("T")
+Caller = Callable[[Request], ApiKey | None]
+
+
+@dataclass
+class Desk:
+    """What the drawing routes share: the painter, the limits, and where pictures and captured features go."""
+
+    bridge: PainterBridge
+    limits: ServeSection
+    name: str
+    """What clients may call the model."""
+    folder: Path
+    """The workspace's."""
+    pictures: PictureStore = field(init=False)
+    _capture: Capture | None = None
+
+    def __post_init__(self) -> None:
+        self.pictures = open_pictures(self.limits, Workspace(self.folder).pictures)
+
+    def check_model(self, asked: str | None) -> None:
+        """ApiError 404 for a model that is not served here."""
+        served = (self.name, f"models:/{self.name}/{self.bridge.info.get('model_version')}")
+        if asked is not None and asked not in served:
+            message = f"model expected to be {' or '.join(served)}, found {asked!r}: this endpoint serves one model"
+            raise ApiError(message, "model", "model_not_found", 404)
+
+    async def capture(self, job: Job, finished: Finished, began: float) -> None:
+        """Offer an answered request to the monitor's capture, which returns at once."""
+        if self._capture is None:
+            self._capture = open_capture(self.limits, Workspace(self.folder).captured, self.bridge.painter.encoder)
+        if self._capture is not None:
+            version, prompt = str(finished.facts.get("model_version")), job.order.rows[0]["prompt"]
+            latency_s = time.monotonic() - began
+            self._capture.offer(Served(job.request_id, version, prompt, finished.drawn, latency_s, time.time()))
+
+    def close(self) -> None:
+        """Write what was captured and still waits."""
+        if self._capture is not None:
+            self._capture.close()
+
+
+def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller, reader: Caller) -> None:
+    """Let `app` draw; `caller` admits a request and says whose it is, `reader` does so without counting it."""
+    Asked = Annotated[ApiKey | None, Depends(caller)]
+
+    @app.post(GENERATIONS_ROUTE, responses=ANSWERS, response_model=None)
+    async def generate(request: Request, body: ImagesRequest, key: Asked) -> Response:
+        return await _draw(desk, request, body, key, None, "image_generation")
+
+    @app.post(EDITS_ROUTE, responses=ANSWERS, response_model=None, openapi_extra=describe_body())
+    async def edit(request: Request, key: Asked) -> Response:
+        body, upload = await read_edit(request, desk.limits)
+        return await _draw(desk, request, body, key, upload, "image_edit")
+
+    @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=ERRORS)
+    async def cancel(request_id: str, key: Annotated[ApiKey | None, Depends(reader)]) -> dict[str, Any]:
+        if not desk.bridge.cancel(request_id, key.name if key else ""):
+            message = f"{REQUESTS_ROUTE}/ID expected the x-request-id of a request of yours at work, found none"
+            raise ApiError(message, code="not_found", status=404)
+        return {"id": request_id, "object": "request", "cancelled": True}
+
+
+async def _draw(
+    desk: Desk,
+    request: Request,
+    body: ImageOptions,
+    key: ApiKey | None,
+    upload: Upload | None,
+    route: Literal["image_generation", "image_edit"],
+) -> Response:
+    """Check, hand over, answer: the way of every picture."""
+    began = time.monotonic()
+    info = desk.bridge.painter.info()
+    desk.check_model(body.model)
+    own_size = upload.picture.size if upload else None
+    order = make_order(body, desk.limits, info, key.priority if key else MOST_PRIORITY, own_size)
+    job = Job(request_id_of(request), order, key.name if key else "", upload)
+    drawing = await desk.bridge.submit(job)
+    if order.stream:
+        offered: list[Finished] = []
+        streamed = stream(write_events(drawing, job, route, offered.append))
+        streamed.background = BackgroundTask(_capture_streamed, desk, job, offered, began)
+        return streamed
+    with closing(drawing):
+        finished = await while_connected(request, drawing.finished())
+
+    def keep(content: bytes) -> str:
+        return address_of(request, desk.limits, desk.pictures.put(content, order.output_format))
+
+    content = await run_in_threadpool(answer, order, finished, keep if order.as_url else None)
+    after = BackgroundTask(desk.capture, job, finished, began)
+    return JSONResponse(content, headers=headers_of(finished.facts), background=after)
+
+
+async def _capture_streamed(desk: Desk, job: Job, offered: list[Finished], began: float) -> None:
+    for finished in offered:
+        await desk.capture(job, finished, began)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work for as long as the client is there; ApiError 499, which nobody reads, ends it when it is gone."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise once(GONE_STATUS, "the client has gone", "client_disconnected")
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,95 @@
+"""What the routes ask of the model behind them, and what comes back: plain values, neither side knows the other.
+
+The painter is made by an importable factory. It draws in threads of its own and calls back from them. Encoding a
+picture takes time, so an event comes as a function that makes it, called where it holds nobody up.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.images_schema import Order
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cluster.capture import Encoder
+    from cluster.uploads import Upload
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked request."""
+
+    request_id: str
+    order: Order
+    key: str = ""
+    """Name of the API key that asks: keys share the model fairly."""
+    upload: "Upload | None" = None
+    """The picture to edit."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """An unfinished picture, encoded."""
+
+    row: int
+    index: int
+    """Counts from 0 within one picture of the request."""
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request that was drawn: its pictures, encoded, in the order of its rows."""
+
+    contents: tuple[bytes, ...]
+    size: str
+    """WIDTHxHEIGHT of what is handed out; retouching may enlarge."""
+    facts: Mapping[str, Any]
+    """model_version, dataset and run_id of the weights that drew it."""
+    drawn: "Sequence[Image]"
+    """As the model drew them, for capture."""
+
+
+PaintEvent = Partial | Finished
+MakeEvent = Callable[[], PaintEvent | None]
+"""Encodes an event; ApiError is how a request ends that was not drawn; None is an event that nobody should see."""
+Receiver = Callable[[MakeEvent], None]
+
+
+class Painter(Protocol):
+    """What the factory returns: the model behind an endpoint."""
+
+    @property
+    def encoder(self) -> "Encoder":
+        """Features of prompts and pictures, for capture; loaded by the thread that first asks."""
+        ...
+
+    def warm_up(self) -> None:
+        """Draw a first picture; raises what is wrong with the model."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """What `images_schema` must know of the model that serves now, with model_version, dataset and run_id."""
+        ...
+
+    def submit(self, job: Job, receive: Receiver) -> None:
+        """Accept a job or raise ApiError; takes the time of encoding its prompt."""
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; its last event is an ApiError. False when it has ended already."""
+        ...
+
+    def problem(self) -> str:
+        """Why nothing is drawn any more; empty while all is well."""
+        ...
+
+    def swap(self, arguments: Mapping[str, Any]) -> None:
+        """Load the model that a factory of these arguments would, beside the old one, and draw new requests with it."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was accepted and end."""
+        ...

@@ -1,0 +1,73 @@
+"""A model in memory with what is known about it, for the endpoint's replica and for `generate --model` alike.
+
+What travels to a replica are plain values (`model_arguments`); `load_model` makes the model of them there.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.artifacts import read_record
+from flows.config import Config
+from flows.models import ResolvedModel
+
+if TYPE_CHECKING:
+    from components.models import Parts
+
+SIZE_MULTIPLE_PX = 8
+MIN_SIDE_PX = 16
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and its info: name, model_version, dataset, run_id, created, the sizes and the solvers it draws with."""
+
+    parts: "Parts"
+    info: Mapping[str, Any]
+
+
+def model_arguments(config: Config, model: ResolvedModel, device: str) -> dict[str, Any]:
+    """Return what `load_model` needs."""
+    record = read_record(model.directory.parent) if model.run_id else None
+    trained_px = ((record or {}).get("config", {}).get("data") or {}).get("resolution_px", 0)
+    return {
+        "directory": str(model.directory),
+        "device": device,
+        "resolution_px": trained_px,
+        "fallback_px": config.data.resolution_px,
+        "facts": {
+            "name": config.name,
+            "model_version": model.version,
+            "dataset": model.dataset,
+            "run_id": model.run_id,
+            "fingerprint": model.fingerprint,
+            "created": int((model.directory / "model_index.json").stat().st_mtime),
+        },
+    }
+
+
+def load_model(
+    directory: str, device: str, resolution_px: int, fallback_px: int, facts: Mapping[str, Any]
+) -> LoadedModel:
+    """Load a diffusers directory; `resolution_px` 0 takes the size its denoiser was made for, if it says one."""
+    import torch
+
+    from components.models import latent_factor, load_parts
+    from components.solvers import DIFFUSION_SOLVERS, FLOW_SOLVERS
+
+    # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    parts = load_parts(Path(directory), dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+    made_for = getattr(parts.denoiser.config, "sample_size", None)
+    made_for_px = made_for * latent_factor(parts) if isinstance(made_for, int) else fallback_px
+    side_px = resolution_px or made_for_px
+    sizes = {
+        "width_px": side_px,
+        "height_px": side_px,
+        "size_multiple_px": SIZE_MULTIPLE_PX,
+        "min_side_px": MIN_SIDE_PX,
+    }
+    solvers = FLOW_SOLVERS if parts.prediction == "flow" else DIFFUSION_SOLVERS
+    return LoadedModel(parts, {**facts, **sizes, "schedulers": list(solvers)})

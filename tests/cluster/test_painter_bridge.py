@@ -1,0 +1,219 @@
+"""The bridge: loading, events in order, callers that leave at any moment, names, and what follows the champion.
+
+The painter here stands at the border that the contract draws: it ends its requests when the test says so.
+"""
+
+import asyncio
+import sys
+import threading
+import types
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from cluster.api_errors import ApiError, once
+from cluster.images_schema import ImagesRequest, make_order
+from cluster.painter_bridge import Follow, PainterBridge
+from cluster.painter_contract import Finished, Job, Partial, Receiver
+from cluster.placement import ServeSection
+from tests.endpoint import wait_for
+
+INFO = {"width_px": 16, "height_px": 16, "size_multiple_px": 8, "min_side_px": 16, "model_version": 3}
+FINISHED = Finished((b"picture",), "16x16", {"model_version": 3}, ())
+
+
+class HeldPainter:
+    """Accepts while its gate is open, and ends a request only when it is told to."""
+
+    encoder = None
+
+    def __init__(self, error: str = "") -> None:
+        self.error = error
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.at_work: dict[str, Receiver] = {}
+        self.cancelled: list[str] = []
+        self.swapped: list[Mapping[str, Any]] = []
+        self.closed = False
+
+    def warm_up(self) -> None:
+        if self.error:
+            raise ValueError(self.error)
+
+    def info(self) -> dict[str, Any]:
+        return dict(INFO)
+
+    def submit(self, job: Job, receive: Receiver) -> None:
+        self.entered.set()
+        assert self.gate.wait(30)
+        if job.request_id == "refused!":
+            raise ApiError("not this one")
+        self.at_work[job.request_id] = receive
+
+    def cancel(self, request_id: str) -> bool:
+        receive = self.at_work.pop(request_id, None)
+        if receive is None:
+            return False
+        self.cancelled.append(request_id)
+        receive(end_cancelled)
+        return True
+
+    def problem(self) -> str:
+        return ""
+
+    def swap(self, arguments: Mapping[str, Any]) -> None:
+        if arguments.get("error"):
+            raise ValueError(arguments["error"])
+        self.swapped.append(arguments)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def end_cancelled() -> Finished:
+    raise once(499, "the request was cancelled", "request_cancelled")
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> HeldPainter:
+    painter = HeldPainter()
+    module = types.ModuleType("held_painter")
+    module.wanted = {}  # type: ignore[attr-defined]
+    module.make = lambda error="": HeldPainter(error) if error else painter  # type: ignore[attr-defined]
+    module.resolve = lambda: module.wanted  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "held_painter", module)
+    return painter
+
+
+@pytest.fixture
+def bridge(held: HeldPainter) -> Iterator[PainterBridge]:
+    with closing(PainterBridge("held_painter:make", {})) as bridge:
+        wait_for(lambda: bridge.state == "ready")
+        yield bridge
+    assert held.closed
+
+
+def job(name: str, key: str = "") -> Job:
+    return Job(name, make_order(ImagesRequest(prompt="x"), ServeSection(), INFO), key)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+def test_events_come_in_order_and_the_last_one_ends_the_drawing(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def draw() -> list[Any]:
+        drawing = await bridge.submit(job("first"))
+        receive = held.at_work["first"]
+        for event in (Partial(0, 0, b"early"), None, FINISHED):
+            receive(lambda event=event: event)  # type: ignore[misc]
+        with closing(drawing):
+            return [event async for event in drawing]
+
+    assert run(draw()) == [Partial(0, 0, b"early"), FINISHED]
+    assert bridge._keys == {}
+
+
+def test_painter_that_cannot_load_says_why(held: HeldPainter, capfd: pytest.CaptureFixture[str]) -> None:
+    with closing(PainterBridge("held_painter:make", {"error": "weights are damaged"})) as bridge:
+        wait_for(lambda: bridge.state == "failed")
+        assert bridge.error == "ValueError: weights are damaged" and "weights" in bridge.problem
+        assert "Traceback" in capfd.readouterr().err
+        with pytest.raises(ApiError, match="weights are damaged") as refused:
+            run(bridge.submit(job("first")))
+        assert refused.value.status == 503 and refused.value.headers["Retry-After"]
+
+
+def test_painter_with_a_missing_factory_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    with closing(PainterBridge("no_such_module:make", {})) as bridge:
+        wait_for(lambda: bridge.state == "failed")
+        assert "no_such_module" in bridge.error and bridge.info == {}
+
+
+def test_refusal_reaches_the_caller_and_leaves_no_name_behind(bridge: PainterBridge) -> None:
+    for _ in range(2):
+        with pytest.raises(ApiError, match="not this one"):
+            run(bridge.submit(job("refused!")))
+    wait_for(lambda: bridge._keys == {})
+
+
+def test_caller_that_leaves_while_it_waits_ends_its_request(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def leave() -> None:
+        drawing = await bridge.submit(job("first"))
+        waiting = asyncio.ensure_future(drawing.finished())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        drawing.close()
+        drawing.close()
+
+    run(leave())
+    assert held.cancelled == ["first"] and bridge._keys == {}
+
+
+def test_drawing_that_nobody_iterates_ends_when_it_is_dropped(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def drop() -> None:
+        await bridge.submit(job("first"))
+
+    run(drop())
+    wait_for(lambda: held.cancelled == ["first"])
+
+
+def test_caller_that_leaves_while_its_job_is_being_accepted_leaves_nothing_at_work(
+    bridge: PainterBridge, held: HeldPainter
+) -> None:
+    async def leave() -> None:
+        held.gate.clear()
+        submitting = asyncio.ensure_future(bridge.submit(job("first")))
+        await until(held.entered.is_set)
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+        held.gate.set()
+        await until(lambda: held.cancelled == ["first"])
+
+    run(leave())
+    wait_for(lambda: bridge._keys == {})
+
+
+def test_only_the_key_that_asked_may_cancel_and_a_name_at_work_is_taken(
+    bridge: PainterBridge, held: HeldPainter
+) -> None:
+    async def cancel() -> None:
+        drawing = await bridge.submit(job("first", "studio"))
+        with pytest.raises(ApiError, match="at work") as taken:
+            await bridge.submit(job("first", "other"))
+        assert taken.value.status == 409 and held.cancelled == []
+        assert not bridge.cancel("first", "other") and not bridge.cancel("second", "studio")
+        assert bridge.cancel("first", "studio")
+        with closing(drawing), pytest.raises(ApiError, match="was cancelled"):
+            await drawing.finished()
+
+    run(cancel())
+
+
+def test_painter_follows_what_the_resolver_names_and_stays_where_it_cannot(
+    held: HeldPainter, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = sys.modules["held_painter"]
+    follow = Follow("held_painter:resolve", {}, every_s=0.01)
+    with closing(PainterBridge("held_painter:make", {}, follow)) as bridge:
+        wait_for(lambda: bridge.state == "ready")
+        wanted.wanted = {"model": 2}  # type: ignore[attr-defined]
+        wait_for(lambda: held.swapped == [{"model": 2}])
+        wanted.wanted = {"error": "no such file"}  # type: ignore[attr-defined]
+        wait_for(lambda: bridge.swap_error == "ValueError: no such file")
+        assert bridge.state == "ready"
+        wanted.wanted = None  # type: ignore[attr-defined]
+        wanted.wanted = {"model": 3}  # type: ignore[attr-defined]
+        wait_for(lambda: held.swapped == [{"model": 2}, {"model": 3}])
+        wait_for(lambda: bridge.swap_error == "")
+    assert "goes on" in caplog.text

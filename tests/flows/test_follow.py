@@ -1,0 +1,56 @@
+"""Following the champion: what is written for replicas, what endpoint.json says, and what is told when it cannot be."""
+
+from typing import Any
+
+from cluster.artifacts import open_workspace, read_json
+from flows.config import Config
+from flows.follow import ENDPOINT, Follower, read_wanted
+from flows.models import resolve_model
+from tests.flows.test_serve import set_champion
+
+
+def status(version: int, error: str = "") -> dict[str, Any]:
+    return {"status": "ready", "error": error, "model_version": version}
+
+
+def test_new_champion_is_written_down_and_recorded_once_the_endpoint_draws_with_it(config: Config, make_run) -> None:
+    workspace = open_workspace(config.workspace)
+    record = workspace.root / ENDPOINT
+    make_run("fresco-aaa", 0)
+    make_run("fresco-bbb", 1)
+    first = set_champion(config, "fresco-aaa")
+    follower = Follower(config, workspace, resolve_model(config, "models:/fresco@champion"))
+    follow = follower.follow
+    assert follow.every_s == config.serve.follow_s
+    assert read_wanted(**follow.arguments) == follower.arguments, "a replica finds what it was started with"
+    before = follower.write_record("http://127.0.0.1:9", 42, first)
+
+    second = set_champion(config, "fresco-bbb")
+    follower.look(status(first))
+    wanted = read_wanted(**follow.arguments) or {}
+    assert wanted["model"]["facts"]["model_version"] == second and wanted["model"]["facts"]["run_id"] == "fresco-bbb"
+    assert read_json(record) == before, "not before the endpoint says so"
+    follower.look(status(second))
+    assert read_json(record) == {**before, "model_version": second, "since": read_json(record)["since"]}
+
+
+def test_champion_that_cannot_be_had_changes_nothing_and_is_told_once(config: Config, make_run, capsys) -> None:
+    workspace = open_workspace(config.workspace)
+    make_run("fresco-aaa", 0)
+    first = set_champion(config, "fresco-aaa")
+    follower = Follower(config, workspace, resolve_model(config, "models:/fresco@champion"))
+    follower.write_record("http://127.0.0.1:9", 42, first)
+    changed = make_run("fresco-bbb", 1)
+    set_champion(config, "fresco-bbb")
+    weights = changed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    for _ in range(3):
+        follower.look(status(first))
+    follower.look(status(first, "ValueError: no room"))
+    told = capsys.readouterr().err
+    assert told.count("the files changed after they were registered") == 1
+    assert read_wanted(**follower.follow.arguments) == follower.arguments
+
+
+def test_nothing_written_is_nothing_wanted(tmp_path) -> None:
+    assert read_wanted(str(tmp_path / "none.json")) is None
