@@ -126,7 +126,8 @@ async def _try(client: httpx.AsyncClient, address: str, story: Story) -> Attempt
 def read_error(answer: httpx.Response) -> tuple[Kind, str]:
     """Tell how clear an error is, and what it says in a few words."""
     status = answer.status_code
-    again = status >= 500 or status in MAY_BE_REPEATED
+    asked_not_to = answer.headers.get("x-should-retry") == "false"  # OpenAI's client obeys it too
+    again = (status >= 500 or status in MAY_BE_REPEATED) and not asked_not_to
     try:
         error = answer.json()["error"]
         in_shape = isinstance(error["message"], str) and "type" in error and "code" in error
