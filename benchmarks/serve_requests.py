@@ -61,9 +61,15 @@ def _rounded(arrival: Arrival, presets: bool) -> Arrival:
 def rows_of(body: dict[str, Any]) -> list[PictureRequest]:
     """The same request as rows for the sampler."""
     width_px, height_px = (int(side) for side in body["size"].split("x"))
-    how = {"steps": body["steps"], "guidance_scale": body["guidance_scale"]}
-    shape = {"width_px": width_px, "height_px": height_px}
-    return [PictureRequest(body["prompt"], body["seed"] + index, **how, **shape) for index in range(body["n"])]
+    first = PictureRequest(
+        prompt=body["prompt"],
+        seed=body["seed"],
+        steps=body["steps"],
+        guidance_scale=body["guidance_scale"],
+        width_px=width_px,
+        height_px=height_px,
+    )
+    return [replace(first, seed=first.seed + index) for index in range(body["n"])]
 
 
 def num_pictures(arrivals: Sequence[Arrival]) -> int:
