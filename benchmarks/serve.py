@@ -40,7 +40,7 @@ from benchmarks.serve_requests import (
     rows_of,
 )
 from benchmarks.serve_requests import slope_per_1000 as slope
-from benchmarks.serve_tables import CAPACITY_SHARE, FRESCO, GROUPED, MemoryCourse, Results, show
+from benchmarks.serve_tables import CAPACITY_SHARE, FRESCO, GROUPED, MemoryCourse, Results, Saturation, show
 from cluster.placement import PlacementSection, ServeSection
 from cluster.session import local_session
 from components.load_plan import Arrival, latency_percentiles
@@ -93,6 +93,12 @@ class Server:
         (process,) = replicas(self.root_pid, self.name)
         return process
 
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds that the replica has used so far."""
+        times = self.replica.cpu_times()
+        return float(times.user + times.system)
+
 
 def main() -> int:
     """Start the three servers, measure, print the tables."""
@@ -107,7 +113,7 @@ def main() -> int:
         differences = check_pictures(servers)
         drawn = saturate(servers, size, presets=False)
         presets = saturate(servers, replace(size, rounds=1), presets=True)
-        capacity = statistics.median(drawn[GROUPED])
+        capacity = statistics.median(drawn.images_per_s[GROUPED])
         latencies = wait_times(servers, size, CAPACITY_SHARE * capacity)
         idle = idle_cost(servers[FRESCO], size)
         memory = watch_memory(servers[FRESCO], size)
@@ -147,19 +153,25 @@ def check_pictures(servers: Mapping[str, Server]) -> dict[str, int]:
     return differences
 
 
-def saturate(servers: Mapping[str, Server], size: Size, presets: bool) -> dict[str, list[float]]:
-    """Images/s of each server in every round: the same finite list of requests, more clients than it can serve."""
+def saturate(servers: Mapping[str, Server], size: Size, presets: bool) -> Saturation:
+    """Images/s of each server in every round: the same finite list of requests, more clients than it can serve.
+
+    CPU seconds too: they tell on a machine that others use what a clock cannot.
+    """
     step(f"saturation, {'few presets' if presets else 'steps 8 to 40, guidance 1 to 7'}: {size.clients} clients")
     rates: dict[str, list[float]] = {name: [] for name in servers}
+    cpu_s: dict[str, list[float]] = {name: [] for name in servers}
     for number in range(size.rounds):
         arrivals = plan_requests(size.requests, 1.0, seed=100 + number, presets=presets)
         for server in servers.values():
-            bodies = [arrival.body for arrival in arrivals]
+            bodies, spent_s = [arrival.body for arrival in arrivals], server.cpu_s
             answers, elapsed_s = asyncio.run(ask_all(server.address, bodies, size.clients))
             refuse_errors(server, [answer.error for answer in answers])
             rates[server.name].append(num_pictures(arrivals) / elapsed_s)
-            say(f"  round {number + 1}, {server.name}: {rates[server.name][-1]:.2f} images/s")
-    return rates
+            cpu_s[server.name].append((server.cpu_s - spent_s) / num_pictures(arrivals))
+            told = f"{rates[server.name][-1]:.2f} images/s, {cpu_s[server.name][-1]:.3f} CPU s each"
+            say(f"  round {number + 1}, {server.name}: {told}")
+    return Saturation(rates, cpu_s)
 
 
 def wait_times(servers: Mapping[str, Server], size: Size, images_per_s: float) -> dict[str, dict[str, Any]]:

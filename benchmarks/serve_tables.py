@@ -28,13 +28,22 @@ class MemoryCourse:
 
 
 @dataclass(frozen=True)
+class Saturation:
+    """What each server reached in every round."""
+
+    images_per_s: Mapping[str, Sequence[float]]
+    cpu_s: Mapping[str, Sequence[float]]
+    """Of the replica, for each picture."""
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything that was measured, by server."""
 
     differences: Mapping[str, int]
-    drawn: Mapping[str, Sequence[float]]
-    """Images/s in every round, any steps and guidance."""
-    presets: Mapping[str, Sequence[float]]
+    drawn: Saturation
+    """Any steps and guidance."""
+    presets: Saturation
     """The same with few presets."""
     images_per_s: float
     """Rate at which the latencies were measured."""
@@ -54,7 +63,7 @@ class Verdict:
 
 def judge(results: Results) -> list[Verdict]:
     """Hold the numbers against the targets."""
-    over_alone, over_grouped = (ratio(results.drawn, peer) for peer in (ALONE, GROUPED))
+    over_alone, over_grouped = (ratio(results.drawn.images_per_s, peer) for peer in (ALONE, GROUPED))
     saved = 1 - results.latencies[FRESCO]["p95"] / results.latencies[GROUPED]["p95"]
     cost_ms, growth = 1000 * results.idle["cost"], results.memory.mib_per_1000
     far = max(results.differences.values())
@@ -81,16 +90,18 @@ def ratio(rates: Mapping[str, Sequence[float]], peer: str) -> float:
 
 def show(results: Results) -> bool:
     """Print the tables; whether every target is met."""
-    for title, rates in (("any steps and guidance", results.drawn), ("few presets", results.presets)):
-        print(f"\n| saturation, {title} | images/s (median of rounds) | fresco beside it (min to max) |\n|---|---|---|")
-        for name in rates:
-            print(f"| {name} | {statistics.median(rates[name]):.2f} | {_spread(rates, name)} |")
+    for title, found in (("any steps and guidance", results.drawn), ("few presets", results.presets)):
+        print(f"\n| saturation, {title} | images/s | fresco beside it (min to max) | CPU s for a picture |")
+        print("|---|---|---|---|")
+        for name, rates in found.images_per_s.items():
+            middle, cpu_s = statistics.median(rates), statistics.median(found.cpu_s[name])
+            print(f"| {name} | {middle:.2f} | {_spread(found.images_per_s, name)} | {cpu_s:.3f} |")
     names = ("p50", "p90", "p95", "p99", "max")
     print(f"\n| latency in s at {results.images_per_s:.2f} images/s | requests | {' | '.join(names)} |")
     print(f"|---|---|{'---|' * len(names)}")
-    for name, found in results.latencies.items():
-        print(f"| {name} | {found['requests']} | {' | '.join(f'{found[key]:.2f}' for key in names)} |")
-    late_s = max(found["late"] for found in results.latencies.values())
+    for name, waits in results.latencies.items():
+        print(f"| {name} | {waits['requests']} | {' | '.join(f'{waits[key]:.2f}' for key in names)} |")
+    late_s = max(waits["late"] for waits in results.latencies.values())
     print(f"\nRequests were sent at most {1000 * late_s:.0f} ms after they were due; the latencies hold that too.")
     idle, memory = results.idle, results.memory
     print("\n| one idle request, 20 steps | ms (median) |\n|---|---|")

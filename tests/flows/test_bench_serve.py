@@ -34,7 +34,7 @@ from benchmarks.serve_requests import (
     rows_of,
     slope_per_1000,
 )
-from benchmarks.serve_tables import MemoryCourse, Results, judge, show
+from benchmarks.serve_tables import MemoryCourse, Results, Saturation, judge, show
 from benchmarks.soak_checks import Kill, Log, Sample, Swap, follow_times, growth_mib, sort_errors
 from benchmarks.soak_checks import judge as judge_soak
 from benchmarks.soak_traffic import Attempt, Kind, Story, read_error, send_traffic
@@ -170,13 +170,15 @@ def results(fresco: Sequence[float] = (6.0, 6.2), growth: float = 0.1, p95: floa
     latencies = {"grouped": {**latency, "p95": 2.0}, "fresco": latency}
     memory = MemoryCourse([1500, 3000, 5000], [500.0, 500.1, 500.2], growth, 60.0)
     idle = {"sampler": 0.12, "request": 0.13, "cost": 0.011}
-    return Results({"grouped": 1, "fresco": 0}, rates, rates, 1.5, latencies, idle, memory)
+    reached = Saturation(rates, {"one-by-one": [0.9, 0.9], "grouped": [0.8, 0.8], "fresco": [0.3, 0.25]})
+    return Results({"grouped": 1, "fresco": 0}, reached, reached, 1.5, latencies, idle, memory)
 
 
 def test_tables_hold_the_numbers_and_every_target_its_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert show(results())
     told = capsys.readouterr().out
-    assert "| fresco | 6.10 | 1.00 (1.00 to 1.00) |" in told and "| one-by-one | 2.05 | 2.98 (2.95 to 3.00) |" in told
+    assert "| fresco | 6.10 | 1.00 (1.00 to 1.00) | 0.275 |" in told
+    assert "| one-by-one | 2.05 | 2.98 (2.95 to 3.00) | 0.900 |" in told
     assert "| fresco | 80 | 0.50 | 0.80 | 1.00 | 2.00 | 3.00 |" in told and "at most 4 ms after" in told
     assert "| through the endpoint | 130.0 |" in told and "| 5000 | 500.2 |" in told
     assert told.count("| met |") == 6 and "missed" not in told
