@@ -169,7 +169,7 @@ def results(fresco: Sequence[float] = (6.0, 6.2), growth: float = 0.1, p95: floa
     latency = {"p50": 0.5, "p90": 0.8, "p95": p95, "p99": 2.0, "max": 3.0, "requests": 80, "late": 0.004}
     latencies = {"grouped": {**latency, "p95": 2.0}, "fresco": latency}
     memory = MemoryCourse([1500, 3000, 5000], [500.0, 500.1, 500.2], growth, 60.0)
-    idle = {"sampler": 0.12, "request": 0.13, "cost": 0.011}
+    idle = {"sampler": 0.12, "request": 0.13, "cost": 0.011, "fastest": 0.01}
     reached = Saturation(rates, {"one-by-one": [0.9, 0.9], "grouped": [0.8, 0.8], "fresco": [0.3, 0.25]})
     return Results({"grouped": 1, "fresco": 0}, reached, reached, 1.5, latencies, idle, memory)
 
@@ -190,7 +190,7 @@ def test_tables_hold_the_numbers_and_every_target_its_verdict(capsys: pytest.Cap
         (results(fresco=(4.9, 5.0)), "2.5x one-by-one"),
         (results(growth=1.5), "1,000 requests"),
         (results(p95=1.5), "p95 at 70%"),
-        (replace(results(), idle={"sampler": 0.1, "request": 0.13, "cost": 0.03}), "idle request"),
+        (replace(results(), idle={"sampler": 0.1, "request": 0.13, "cost": 0.03, "fastest": 0.03}), "idle request"),
         (replace(results(), differences={"grouped": 2, "fresco": 0}), "diffusers' pictures"),
     ],
 )
