@@ -160,9 +160,8 @@ def saturate(servers: Mapping[str, Server], size: Size, presets: bool) -> Satura
 
     CPU seconds too: they tell on a machine that others use what a clock cannot.
     """
-    step(
-        f"saturation, {'two steps and guidances' if presets else 'steps 8 to 40, guidance 1 to 7'}: {size.clients} clients"
-    )
+    mix = "two steps, two guidance scales" if presets else "steps 8 to 40, guidance 1 to 7"
+    step(f"saturation, {mix}: {size.clients} clients")
     rates: dict[str, list[float]] = {name: [] for name in servers}
     cpu_s: dict[str, list[float]] = {name: [] for name in servers}
     for number in range(size.rounds):
@@ -213,7 +212,8 @@ def idle_cost(server: Server, size: Size) -> dict[str, float]:
     async def take_turns() -> None:
         async with make_client() as client:
             for number in range(size.idle_pairs + 5):
-                mine = {**body, "seed": number}
+                # Another prompt each time: the endpoint keeps the text states of those it has seen.
+                mine = {**body, "seed": number, "prompt": f"{body['prompt']} {number}"}
                 await asyncio.sleep(REST_S)
                 start = time.perf_counter()
                 draw(parts, rows_of(mine))
