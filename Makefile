@@ -11,7 +11,7 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate clean
+.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-serve soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,12 @@ bench-tune: $(STAMP)  ## steps that the search saves beside random search, and t
 
 bench-gate: $(STAMP)  ## how often the gate promotes equal recipes, and finds better ones, on real runs
 	@$(BIN)/python -m benchmarks.gate
+
+bench-serve: $(STAMP)  ## images/s, latency and memory of the endpoint beside diffusers' pipeline behind Ray Serve
+	@$(BIN)/python -m benchmarks.serve
+
+soak: $(STAMP)  ## ten minutes of load, swaps, hang-ups and killed replicas: every answer right, none lost, no leak
+	@$(BIN)/python -m benchmarks.soak
 
 clean:  ## remove caches and build/, never a workspace
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,210 @@
+"""What a soak test's stories, kills, swaps and memory say: counts and verdicts as pure functions."""
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.serve_requests import slope_per_1000
+from benchmarks.soak_traffic import Attempt, Story
+
+SETTLED_S = 15.0
+"""A request that begins later than this after a swap must not be drawn by the version before."""
+BROKEN_BY_KILL_S = 2.0
+"""The proxy may need so long to see that a replica is gone: what it sent there meanwhile was on it too."""
+MOST_GROWTH_MIB = 20.0
+"""Of all processes but the replica, in ten minutes; Ray's own bookkeeping of dead replicas is in it."""
+MOST_DIFFERENCE = 1
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A replica that was ended with SIGKILL, and when the endpoint was ready again (None: never)."""
+
+    at: float
+    ready_at: float | None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The champion became `version`."""
+
+    at: float
+    version: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory at one moment."""
+
+    at: float
+    replica_mib: float
+    others_mib: float
+
+
+@dataclass
+class Log:
+    """Everything that happened."""
+
+    stories: list[Story] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim of the soak test."""
+
+    claim: str
+    found: str
+    held: bool | None
+    """None: the endpoint does not offer this yet, so nothing was shown."""
+
+
+def judge(log: Log, redrawn: Sequence[int], left_behind: int) -> list[Check]:
+    """Hold what happened against the claims; `redrawn` are the differences of the sampled pictures."""
+    patient = [story for story in log.stories if not story.rude]
+    lost = [story for story in patient if not story.drawn]
+    wrong = sum(difference > MOST_DIFFERENCE for difference in redrawn)
+    mixed_up = sum(story.drawn and not _is_what_was_asked(story) for story in log.stories)
+    growth = growth_mib(log.samples)
+    return [
+        Check("no wrong picture", f"{wrong} of {len(redrawn)} drawn again", wrong == 0 and bool(redrawn)),
+        Check("every answer has its own seeds", f"{mixed_up} others", mixed_up == 0),
+        Check("every patient request is drawn", f"{len(lost)} of {len(patient)} lost", not lost),
+        *_kill_checks(log),
+        *_swap_checks(log),
+        Check(
+            f"processes beside the replica grow at most {MOST_GROWTH_MIB:g} MiB in ten minutes",
+            f"{growth:+.1f} MiB",
+            growth <= MOST_GROWTH_MIB,
+        ),
+        Check("no process is left behind", f"{left_behind}", left_behind == 0),
+    ]
+
+
+def _kill_checks(log: Log) -> list[Check]:
+    """Errors are for those on a killed replica, one each, in OpenAI's shape; later ones wait, or are told to."""
+    if not log.kills:
+        return []
+    hit, waiting, other = sort_errors(log)
+    on_killed = [attempt for attempts in hit.values() for attempt in attempts]
+    unclear = Counter(attempt.detail for attempt in [*on_killed, *waiting] if attempt.kind != "clear")
+    twice = sum(len(attempts) > 1 for attempts in hit.values())
+    back_s = [kill.ready_at - kill.at for kill in log.kills if kill.ready_at is not None]
+    told = ", ".join(f"{count}x {detail}" for detail, count in unclear.most_common()) or "none"
+    slowest = f"the slowest after {max(back_s):.0f} s" if back_s else "none"
+    return [
+        Check(
+            "each replica killed is replaced",
+            f"{len(back_s)} of {len(log.kills)}, {slowest}",
+            len(back_s) == len(log.kills),
+        ),
+        Check("no request but those on a killed replica sees an error", f"{_told(other)}", not other),
+        Check("those on it see one error each", f"{len(hit)} saw one, {twice} of them more", twice == 0),
+        Check("these errors are clear: OpenAI's shape, to be repeated", f"unclear: {told}", not unclear),
+    ]
+
+
+def sort_errors(log: Log) -> tuple[dict[int, list[Attempt]], list[Attempt], list[Attempt]]:
+    """Sort failed attempts: on a killed replica (by story), while none was ready, and those without such an excuse."""
+    hit: dict[int, list[Attempt]] = {}
+    waiting: list[Attempt] = []
+    other: list[Attempt] = []
+    for number, story in enumerate(log.stories):
+        for attempt in story.attempts:
+            if attempt.kind in ("drawn", "left"):
+                continue
+            if any(attempt.began <= kill.at + BROKEN_BY_KILL_S and kill.at <= attempt.ended for kill in log.kills):
+                hit.setdefault(number, []).append(attempt)
+            elif any(
+                kill.at < attempt.ended and attempt.began <= (kill.ready_at or attempt.began) for kill in log.kills
+            ):
+                waiting.append(attempt)
+            else:
+                other.append(attempt)
+    return hit, waiting, other
+
+
+def _swap_checks(log: Log) -> list[Check]:
+    """Swaps are seen in the answers: the new version draws soon, the old one nothing more that begins later."""
+    if not log.swaps:
+        return []
+    followed = follow_times(log)
+    seen = [seconds for seconds in followed if seconds is not None]
+    if not seen:
+        versions = sorted({str(story.version) for story in log.stories if story.drawn})
+        found = f"not supported: it kept drawing with version {', '.join(versions) or 'none'}"
+        return [Check(f"{len(log.swaps)} swaps under load are followed", found, None)]
+    stale = sum(story.drawn and _is_stale(story, log.swaps) for story in log.stories)
+    told = f"{len(seen)} of {len(log.swaps)}, median after {statistics.median(seen):.1f} s, at most {max(seen):.1f} s"
+    return [
+        Check("every swap is followed", told, len(seen) == len(log.swaps)),
+        Check(f"{SETTLED_S:g} s after a swap the old version begins nothing", f"{stale} answers", stale == 0),
+    ]
+
+
+def follow_times(log: Log) -> list[float | None]:
+    """Seconds from each swap to the first answer of its version before the next swap; None where there is none."""
+    times: list[float | None] = []
+    for swap, following in zip(log.swaps, [*log.swaps[1:], None], strict=True):
+        until = following.at if following is not None else float("inf")
+        ends = [story.attempts[-1].ended for story in log.stories if story.drawn and story.version == swap.version]
+        seen = [ended - swap.at for ended in ends if swap.at <= ended < until]
+        times.append(min(seen) if seen else None)
+    return times
+
+
+def _is_stale(story: Story, swaps: Sequence[Swap]) -> bool:
+    began, ended = story.attempts[-1].began, story.attempts[-1].ended
+    champion = [swap for swap in swaps if swap.at + SETTLED_S <= began][-1:]
+    since = [swap.version for swap in swaps if champion and champion[0].at <= swap.at <= ended]
+    return bool(champion) and story.version not in since
+
+
+def _is_what_was_asked(story: Story) -> bool:
+    seeds = tuple(story.body["seed"] + index for index in range(story.body["n"]))
+    return len(story.pictures) == story.body["n"] and story.seeds == seeds and story.version is not None
+
+
+def growth_mib(samples: Sequence[Sample]) -> float:
+    """Growth of everything beside the replica in ten minutes, the first sixth left out: it is still warming up."""
+    warm = samples[len(samples) // 6 :]
+    if len(warm) < 2:
+        return 0.0
+    return 0.6 * slope_per_1000([round(sample.at) for sample in warm], [sample.others_mib for sample in warm])
+
+
+def _told(attempts: Sequence[Attempt]) -> str:
+    counted = Counter(attempt.detail for attempt in attempts)
+    return ", ".join(f"{count}x {detail}" for detail, count in counted.most_common(5)) or "none did"
+
+
+def summary(log: Log) -> Mapping[str, str]:
+    """What the run was like, for the first table."""
+    drawn = sorted(story.waited_s for story in log.stories if story.drawn)
+    near = sorted(
+        story.waited_s
+        for story in log.stories
+        if story.drawn and any(swap.at - 2 <= story.attempts[-1].ended <= swap.at + 5 for swap in log.swaps)
+    )
+    versions = Counter(str(story.version) for story in log.stories if story.drawn)
+    replica = [sample.replica_mib for sample in log.samples if sample.replica_mib]
+    return {
+        "requests": str(len(log.stories)),
+        "of these, hung up on": str(sum(story.left for story in log.stories)),
+        "tried again": str(sum(len(story.attempts) > 1 for story in log.stories)),
+        "seconds to the picture, kills included: median, p99": _quantiles(drawn),
+        "the same, within 5 s of a swap": _quantiles(near),
+        "answers by version": ", ".join(f"{version}: {count}" for version, count in sorted(versions.items())),
+        "replica's memory, MiB: median, largest": f"{statistics.median(replica):.0f}, {max(replica):.0f}"
+        if replica
+        else "-",
+    }
+
+
+def _quantiles(ordered: Sequence[float]) -> str:
+    if not ordered:
+        return "-"
+    return f"{statistics.median(ordered):.2f}, {ordered[-(-len(ordered) * 99 // 100) - 1]:.2f}"
