@@ -36,5 +36,10 @@ def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Pat
     )
     for key, told in (("search_report", "Fresco search"), ("report", "Fresco evaluation"), ("decision_report", "gate")):
         assert told in Path(found[key]).read_text()
-    assert len(found["pictures"]) == 16 and all(Image.open(path).size == (64, 64) for path in found["pictures"])
-    assert Image.open(found["grid"]).width > 500
+    assert len(found["pictures"]) == 16 and {size_of(path) for path in found["pictures"]} == {(64, 64)}
+    assert size_of(found["grid"])[0] > 500
+
+
+def size_of(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
