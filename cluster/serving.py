@@ -103,14 +103,10 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int, application:
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
-    from starlette.middleware import Middleware
-
-    from cluster.request_ids import RequestIds
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    # Outside of Serve's own middleware for request ids, which would add a second header beside ours.
-    http = HTTPOptions(host=settings.host, port=port, middlewares=[Middleware(RequestIds)])
+    http = HTTPOptions(host=settings.host, port=port)
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
     as_deployment = serve.deployment(
         name="images",

@@ -106,6 +106,9 @@ def diffusion_schedule(config: Any, steps: int, solver: str) -> tuple[Schedule, 
     """Return the schedule of a scheduler's config and whether its last step must be of first order."""
     from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
+    most = config.num_train_timesteps - config.get("steps_offset", 0)
+    if steps > most:
+        raise InputError(f"steps expected at most {most}, the timesteps this model was trained with, found {steps}")
     if solver == DDIM:
         return ddim_schedule(config, steps), False
     if solver == EULER:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Workspace, read_json, write_json_atomic
-from cluster.errors import RegistryError, TrackingError
+from cluster.errors import RegistryError, StorageError, TrackingError
 from cluster.painter_bridge import Follow
 from cluster.registry import CHAMPION, Registry
 from components.errors import InputError
@@ -64,7 +64,7 @@ class Follower:
                 self._write(resolve_model(self._config, champion.uri))
                 say(f"the champion is version {champion.number}: it is loaded beside the one that serves")
             problem = status["error"]
-        except (RegistryError, TrackingError, InputError) as error:
+        except (RegistryError, TrackingError, StorageError, InputError, OSError) as error:
             problem = str(error)
         if problem and problem != self._told:
             say(f"the endpoint stays with version {self.record['model_version']}: {problem}")

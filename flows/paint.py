@@ -19,7 +19,7 @@ from cluster.artifacts import open_workspace
 from cluster.painter_contract import Finished, Job, MakeEvent, PaintEvent, Partial, Receiver
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, StartPicture
 from components.engine_status import EngineLimits
-from components.errors import DeadlineError, QueueFullError
+from components.errors import DeadlineError, InputError, QueueFullError
 from components.provenance import encode
 from components.retouch import RETOUCHES, retouch
 from components.safety import Safety, open_safety
@@ -119,7 +119,7 @@ class EnginePainter:
                 self.engine.submit(_request(job, None), put)
             else:
                 self._submit_edit(job, put)
-        except (ValueError, QueueFullError, DeadlineError) as error:  # diffusers says ValueError of too many steps
+        except (InputError, QueueFullError, DeadlineError) as error:
             raise self._refusal(error) from error
 
     def cancel(self, request_id: str) -> bool:

@@ -217,17 +217,16 @@ def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log:
 def _wait_for_version(workspace: Workspace, number: int) -> dict[str, Any]:
     """Wait until the running endpoint draws with a version; EndpointError past the limit, or when it ends."""
     start = time.monotonic()
-    while time.monotonic() - start < READY_LIMIT_S:
-        record = endpoint_of(workspace)
-        if record is None:
-            raise EndpointError("endpoint expected to follow the champion, found it ended; start it with: fresco serve")
+    while (record := endpoint_of(workspace)) is not None:
         if record["model_version"] == number:
             return record
+        if time.monotonic() - start > READY_LIMIT_S:
+            raise EndpointError(
+                f"endpoint expected to serve version {number} within {READY_LIMIT_S:.0f} s, found it still on version"
+                f" {record['model_version']}; its terminal or serving/serve.log says why; fresco serve --stop ends it"
+            )
         time.sleep(POLL_S)
-    raise EndpointError(
-        f"endpoint expected to serve version {number} within {READY_LIMIT_S:.0f} s, found it still on version"
-        f" {record['model_version']}; its terminal or serving/serve.log says why; fresco serve --stop ends it"
-    )
+    raise EndpointError("endpoint expected to follow the champion, found it ended; start it with: fresco serve")
 
 
 def _stop(workspace: Workspace) -> dict[str, Any]:

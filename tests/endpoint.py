@@ -18,7 +18,7 @@ from cluster.placement import ServeSection
 from components.models import embedded_clip
 
 FACTS = {"name": "fresco", "model_version": 4, "dataset": "emblems@0123456789ab", "run_id": "fresco-abc", "created": 5}
-READY_LIMIT_S = 60.0
+READY_LIMIT_S = 200.0
 
 
 def painter_arguments(

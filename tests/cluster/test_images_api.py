@@ -98,7 +98,7 @@ def test_seeds_differ_between_requests_that_name_none(desk: Desk) -> None:
         ({"steps": 2.5}, "steps", "invalid_value", "integer"),
         ({"guidance_scale": 31}, "guidance_scale", "invalid_value", "expected 0 to 30"),
         ({"size": "100x100"}, "size", "invalid_value", "multiples of 8 from 16 to 64"),
-        ({"size": "65x64"}, "size", "invalid_value", "the model's own size is 16x24"),
+        ({"size": "65x64"}, "size", "invalid_value", "the model's own size is 16x16"),
         ({"size": "8x16"}, "size", "invalid_value", "from 16"),
         ({"size": "big"}, "size", "invalid_value", "'big'"),
         ({"size": "16x16x16"}, "size", "invalid_value", "WIDTHxHEIGHT"),
