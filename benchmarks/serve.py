@@ -189,7 +189,8 @@ def wait_times(servers: Mapping[str, Server], size: Size, images_per_s: float) -
             refuse_errors(server, [outcome.error for outcome in outcomes])
             found[server.name] += [outcome.latency_s for outcome in outcomes]
             late[server.name] = max(late[server.name], *(outcome.late_s for outcome in outcomes))
-            say(f"  round {number + 1}, {server.name}: median {statistics.median(found[server.name]):.2f} s")
+            so_far = latency_percentiles(found[server.name])
+            say(f"  round {number + 1}, {server.name}: median {so_far['p50']:.2f} s, p95 {so_far['p95']:.2f} s so far")
     return {
         name: {**latency_percentiles(found[name]), "requests": len(found[name]), "late": late[name]} for name in found
     }

@@ -25,11 +25,15 @@ from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
 from cluster.capture import Capture, Served, open_capture
 from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, ImagesResponse, make_order
+from cluster.metric_files import MetricFiles
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job
 from cluster.picture_urls import PictureStore, address_of, open_pictures
 from cluster.placement import ServeSection
 from cluster.request_ids import request_id_of
+from cluster.request_log import RequestLog
+from cluster.request_watch import note
+from cluster.serve_metrics import ServeMetrics
 from cluster.sse import stream
 from cluster.uploads import Upload, describe_body, read_edit
 
@@ -63,11 +67,18 @@ class Desk:
     """What clients may call the model."""
     folder: Path
     """The workspace's."""
+    replica: str = "local"
+    """Name of this replica in metrics and log."""
     pictures: PictureStore = field(init=False)
     _capture: Capture | None = None
 
     def __post_init__(self) -> None:
         self.pictures = open_pictures(self.limits, Workspace(self.folder).pictures)
+        serving = self.folder / "serving"
+        self.metrics = ServeMetrics(self.replica, self.bridge.numbers)
+        self.metric_files = MetricFiles(serving / "metrics", self.metrics)
+        self.metric_files.start()
+        self.log = RequestLog(serving / f"requests-{self.replica}.jsonl")
 
     def check_model(self, asked: str | None) -> None:
         """ApiError 404 for a model that is not served here."""
@@ -89,6 +100,8 @@ class Desk:
         """Write what was captured and still waits."""
         if self._capture is not None:
             self._capture.close()
+        self.metric_files.close()
+        self.log.close()
 
 
 def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller, reader: Caller) -> None:
@@ -127,14 +140,21 @@ async def _draw(
     own_size = upload.picture.size if upload else None
     order = make_order(body, desk.limits, info, key.priority if key else MOST_PRIORITY, own_size)
     job = Job(request_id_of(request), order, key.name if key else "", upload)
+    note(request, key=job.key or None)
     drawing = await desk.bridge.submit(job)
     if order.stream:
         offered: list[Finished] = []
-        streamed = stream(write_events(drawing, job, route, offered.append))
+
+        def told(finished: Finished) -> None:
+            offered.append(finished)
+            note(request, rows=len(order.rows), version=finished.facts.get("model_version"))
+
+        streamed = stream(write_events(drawing, job, route, told))
         streamed.background = BackgroundTask(_capture_streamed, desk, job, offered, began)
         return streamed
     with closing(drawing):
         finished = await while_connected(request, drawing.finished())
+    note(request, rows=len(order.rows), version=finished.facts.get("model_version"))
 
     def keep(content: bytes) -> str:
         return address_of(request, desk.limits, desk.pictures.put(content, order.output_format))

@@ -5,11 +5,10 @@ address. The fields and their limits are in `images_schema`, the errors in `api_
 with its name and limit; nothing is silently ignored except the hints listed as without effect.
 """
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
@@ -20,11 +19,12 @@ from cluster.body_limit import BodyLimit, Limit
 from cluster.drawing_routes import EDITS_ROUTE, Desk, add_drawing_routes
 from cluster.images_schema import ImagesRequest
 from cluster.picture_urls import add_route
+from cluster.playground import add_playground
 from cluster.request_ids import RequestIds
+from cluster.request_watch import RequestWatch
+from cluster.serve_metrics import add_metrics_route
 
 DESCRIPTION = "OpenAI-compatible image generation by the champion model"
-TRY_PAGE = Path(__file__).parent / "assets" / "try.html"
-PAGE_MAY_LOAD = "default-src 'self' 'unsafe-inline'; img-src data:"
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -45,17 +45,11 @@ def make_app(desk: Desk) -> ASGIApp:
 
     add_drawing_routes(app, desk, caller, reader)
     add_route(app, desk.pictures)
-    _add_page(app)
+    add_playground(app, limits, lambda: desk.bridge.info)
+    add_metrics_route(app, desk.metric_files.exposition, [Depends(reader)])
     _add_models(app, desk, Depends(reader))
     _add_health(app, desk)
-    return RequestIds(app)
-
-
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    @app.get("/docs", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(TRY_PAGE.read_text(), headers={"Content-Security-Policy": PAGE_MAY_LOAD})
+    return RequestIds(RequestWatch(app, began=desk.metrics.began, ended=[desk.metrics.ended, desk.log.ended]))
 
 
 def _add_models(app: FastAPI, desk: Desk, admitted: Any) -> None:

@@ -104,6 +104,11 @@ class PainterBridge:
         """What is known of the model that serves, nothing before it is ready."""
         return self._painter.info() if self._painter is not None and self.state == "ready" else {}
 
+    def numbers(self) -> dict[str, Any]:
+        """What `serve_metrics` reads at a scrape; before the model is ready, its state alone."""
+        known = self._painter.numbers() if self._painter is not None and self.state == "ready" else {}
+        return {"state": self.state, **self.info, **known}
+
     @property
     def problem(self) -> str:
         """Why this replica should be replaced, empty while it need not be."""

@@ -82,6 +82,10 @@ class Painter(Protocol):
         """End a request; its last event is an ApiError. False when it has ended already."""
         ...
 
+    def numbers(self) -> Mapping[str, Any]:
+        """What it does and has done, by the keys that `serve_metrics` reads."""
+        ...
+
     def problem(self) -> str:
         """Why nothing is drawn any more; empty while all is well."""
         ...

@@ -51,10 +51,13 @@ class ImagesReplica:
     """What Serve runs: the model with its threads, and the routes made around it when the replica starts."""
 
     def __init__(self, source: ModelSource, settings: Mapping[str, Any]) -> None:
+        from ray import serve
+
         from cluster.drawing_routes import Desk
 
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
-        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace))
+        name = serve.get_replica_context().replica_id.unique_id
+        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), name)
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         from cluster.images_api import make_app

@@ -6,8 +6,9 @@ judged, retouched, encoded and signed in the thread that takes them. Files say w
 
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ class EnginePainter:
         self._facts: dict[str, Mapping[str, Any]] = {}
         """Of every version that still draws, by the engine's name for it."""
         self._swapping = threading.Lock()
+        self._num_swaps, self._swap_s = 0, 0.0
         self._ending = False
         self.engine = StepBatchEngine(limits, on_dropped=self._forget)
         self._serve(model)
@@ -125,15 +127,21 @@ class EnginePainter:
     def cancel(self, request_id: str) -> bool:
         return self.engine.cancel(request_id)
 
+    def numbers(self) -> dict[str, Any]:
+        engine = {**asdict(self.engine.status()), **asdict(self.engine.counters)}
+        return {**engine, "swaps": self._num_swaps, "swap_s": self._swap_s}
+
     def problem(self) -> str:
         broken = self.engine.broken
         return f"the denoising loop ended: {type(broken).__name__}: {broken}" if broken is not None else ""
 
     def swap(self, arguments: Mapping[str, Any]) -> None:
         """Load another model beside the one that serves; a model that cannot draw raises and changes nothing."""
+        start = time.monotonic()
         model = load_model(**arguments["model"])
         draw(model.parts, [self._warm_up_row(model)])
         self._serve(model)
+        self._num_swaps, self._swap_s = self._num_swaps + 1, self._swap_s + time.monotonic() - start
 
     def close(self) -> None:
         self._ending = True
