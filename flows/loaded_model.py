@@ -6,6 +6,7 @@ What travels to a replica are plain values (`model_arguments`); `load_model` mak
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from flows.config import Config
 from flows.models import ResolvedModel
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from components.clip_encoder import ClipEncoder
     from components.models import Parts
 
 SIZE_MULTIPLE_PX = 8
@@ -26,6 +30,29 @@ class LoadedModel:
 
     parts: "Parts"
     info: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LateEncoder:
+    """A CLIP that is loaded by the thread that first uses it."""
+
+    directory: str
+
+    @cached_property
+    def _clip(self) -> "ClipEncoder":
+        from components.clip_encoder import ClipEncoder
+
+        return ClipEncoder(self.directory)
+
+    @property
+    def identity(self) -> str:
+        return self._clip.identity
+
+    def images(self, pictures: "list[Image.Image]") -> Any:
+        return self._clip.images(pictures)
+
+    def texts(self, texts: list[str]) -> Any:
+        return self._clip.texts(texts)
 
 
 def model_arguments(config: Config, model: ResolvedModel, device: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -29,11 +29,8 @@ from components.signing_key import Signer, open_signer
 from components.start_pictures import make_start, paste_kept
 from components.step_batch import StepBatchEngine
 from flows.config import Config
-from flows.loaded_model import LoadedModel, load_model, model_arguments
+from flows.loaded_model import LateEncoder, LoadedModel, load_model, model_arguments
 from flows.models import ResolvedModel
-
-if TYPE_CHECKING:
-    from components.clip_encoder import ClipEncoder
 
 FACTORY = "flows.paint:make_painter"
 WARM_UP = "warm up"
@@ -44,29 +41,6 @@ MOST_RETRY_AFTER_S = 60
 """The OpenAI client does not wait longer by itself."""
 UNKNOWN_RETRY_AFTER_S = 2
 CANCELLED_STATUS = 499
-
-
-@dataclass(frozen=True)
-class LateEncoder:
-    """A CLIP that is loaded by the thread that first uses it."""
-
-    directory: str
-
-    @cached_property
-    def _clip(self) -> "ClipEncoder":
-        from components.clip_encoder import ClipEncoder
-
-        return ClipEncoder(self.directory)
-
-    @property
-    def identity(self) -> str:
-        return self._clip.identity
-
-    def images(self, pictures: list[Image.Image]) -> Any:
-        return self._clip.images(pictures)
-
-    def texts(self, texts: list[str]) -> Any:
-        return self._clip.texts(texts)
 
 
 class EnginePainter:
