@@ -75,9 +75,12 @@ def main() -> int:
             log = asyncio.run(disturb(config, running, plan, list(versions)))
             alive = psutil.Process(running.pid).children(recursive=True)
         left_behind = len(psutil.wait_procs(alive, END_LIMIT_S)[1])
+        print("\n| the run | |\n|---|---|")
+        for name, value in summary(log).items():
+            print(f"| {name} | {value} |", flush=True)
         step("drawing a sample of the pictures again")
         redrawn = draw_again(log.stories, versions, plan.seed)
-    return 0 if show(log, judge(log, redrawn, left_behind)) else 1
+    return 0 if show(judge(log, redrawn, left_behind)) else 1
 
 
 async def disturb(config: Config, running: Running, plan: Plan, versions: Sequence[int]) -> Log:
@@ -176,11 +179,8 @@ def draw_again(stories: Sequence[Story], versions: Mapping[int, Path], seed: int
     return differences
 
 
-def show(log: Log, checks: Sequence[Check]) -> bool:
-    """Print what happened and what held; whether everything did."""
-    print("\n| the run | |\n|---|---|")
-    for name, value in summary(log).items():
-        print(f"| {name} | {value} |")
+def show(checks: Sequence[Check]) -> bool:
+    """Print what held; whether everything did."""
     print("\n| claim | found | |\n|---|---|---|")
     words = {True: "held", False: "broken", None: "not shown"}
     for check in checks:
