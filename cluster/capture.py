@@ -163,8 +163,9 @@ class Capture:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer, compression="zstd")
         # Names sort by time, and two replicas never choose the same.
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        name = f"{stamp}-{time.monotonic_ns() % 10**9:09d}-{secrets.token_hex(4)}{SUFFIX}"
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+        name = f"{stamp}-{nanoseconds:09d}-{secrets.token_hex(4)}{SUFFIX}"
         try:
             write_bytes_atomic(self.folder / name, buffer.getvalue())
             remove_oldest(self.folder, self.max_bytes)

@@ -23,7 +23,8 @@ def exposed() -> dict[str, set[str]]:
     engine: dict[str, Any] = dict.fromkeys((*SUMS, *LABELLED_SUMS, *LEVELS), 1)
     engine |= {"state": "ready", "versions": {"7": 1}, "model_version": 7, "dataset": "d", "run_id": "r"}
     metrics = ServeMetrics("r-1", lambda: engine)
-    metrics.ended(EndedRequest("id", "POST", "/v1/images/generations", 200, 1.0, "code", True, 1, 1, 1, "7"))
+    for gone in (True, False):
+        metrics.ended(EndedRequest("id", "POST", "/v1/images/generations", 200, 1.0, "code", gone, 1, 1, 1, "7"))
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.exposition().decode()):
         for sample in family.samples:
