@@ -2,18 +2,15 @@
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -22,6 +19,7 @@ from components.errors import InputError
 from components.load_plan import Mix, draw_arrivals
 from flows import load
 from flows.config import Config
+from tests.endpoint import listening
 
 MIX = Mix(rate_per_s=40, duration_s=0.5, several_share=0.3, seed=1)
 CONFIG = Config()
@@ -37,17 +35,8 @@ def served(respond: Callable[[dict[str, Any]], Any]) -> Iterator[str]:
     async def generate(request: Request) -> Any:
         return await respond({**await request.json(), "authorization": request.headers.get("authorization")})
 
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
+    with listening(app) as url:
+        yield url
 
 
 async def draw(body: dict[str, Any]) -> Any:
