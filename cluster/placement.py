@@ -109,6 +109,8 @@ class ServeSection(Section):
     """How long fewer replicas must have been enough before one is drained and ended."""
     drain_s: float = Field(60.0, gt=0)
     """A replica that is to end gets so long to finish what it draws."""
+    threads: int = Field(0, ge=0)
+    """Threads of a replica that draws on a CPU; 0 takes the number that draws a first picture fastest."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)

@@ -1,4 +1,4 @@
-"""One endpoint: Ray Serve replicas that each own a model behind the HTTP routes of `images_api`, from start to clean end.
+"""One endpoint: Ray Serve replicas that each own a model behind the routes of `images_api`, from start to clean end.
 
 The model comes as an importable factory and plain arguments; nothing here knows what it draws. The port is checked
 before anything starts. Serve's own limit is far above ours, so that a full endpoint is answered in OpenAI's shape.
