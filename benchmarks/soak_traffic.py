@@ -32,6 +32,8 @@ PATIENCE_S = 120.0
 ATTEMPT_LIMIT_S = 60.0
 LONGEST_PAUSE_S = 5.0
 HANG_UP_S = (0.02, 0.5)
+CANCEL_SHARE = 0.5
+"""Of those who do not wait: these say so, the others close the connection."""
 MAY_BE_REPEATED = (408, 409, 429)
 
 
@@ -76,7 +78,12 @@ class Story:
 
 
 async def send_traffic(
-    url: str, arrivals: Sequence[Arrival], rude_share: float, seed: int, stories: list[Story]
+    url: str,
+    arrivals: Sequence[Arrival],
+    rude_share: float,
+    seed: int,
+    stories: list[Story],
+    cancel_share: float = CANCEL_SHARE,
 ) -> None:
     """Send every request when it is due and see it through; `stories` grows as requests begin."""
     chance = random.Random(seed)
@@ -98,7 +105,7 @@ async def send_traffic(
 
         rude = [chance.uniform(*HANG_UP_S) if chance.random() < rude_share else None for _ in arrivals]
         ways = chance.choices(forms, shares, k=len(arrivals))
-        cancels = [chance.random() < 0.5 for _ in arrivals]
+        cancels = [chance.random() < cancel_share for _ in arrivals]
         await asyncio.gather(*map(live_through, arrivals, ways, rude, cancels))
 
 
