@@ -11,6 +11,7 @@ Shape letters: B rows, C channels, H, W latent height and width, L tokens, D wid
 import copy
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -29,6 +30,8 @@ MAX_TEXT_CLASSES = 4
 """Text length classes that are compiled where captions keep their length: up to 128 tokens, about 90 words."""
 LARGEST_ERROR = 0.1
 """Relative difference (L2) of compiled and plain predictions: bf16 makes about 0.01, wrong code far more than 0.1."""
+HARMLESS = ("Dynamo detected a call to a `functools.lru_cache`", "Torchinductor does not support code generation")
+"""Beginnings of warnings about what is as it should be: a cached look at a version, rotations that stay uncompiled."""
 MAX_TOLD_CHARS = 300
 """Of a compiler's error: its message comes first, pages of advice after it."""
 MANY = 1_000_000
@@ -62,6 +65,8 @@ def with_compiled(
     they are, and one warning says why.
     """
     start = time.perf_counter()
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", message=harmless)
     try:
         denoiser = _twin(parts.denoiser)
         torch._dynamo.config.accumulated_recompile_limit = MANY

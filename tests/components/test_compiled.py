@@ -177,8 +177,7 @@ def test_status_tells_how_many_shapes_are_compiled() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's own backend needs a C++ compiler on the CPU")
-# It warns of complex numbers, which it leaves to eager code, and its imports of deprecations.
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own imports
 def test_pytorchs_own_backend_draws_the_plain_pictures(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Slow: making C++ code of the blocks and compiling it takes minutes on two cores."""
     monkeypatch.setattr("components.compiled.MAX_TEXT_CLASSES", 1)

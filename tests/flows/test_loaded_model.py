@@ -55,5 +55,8 @@ def pixels(precision: str, **options: Any) -> "np.ndarray[Any, Any]":
 
 
 def test_bf16_draws_nearly_the_picture_of_fp32() -> None:
-    close = np.abs(pixels("bf16") - pixels("fp32")).mean()
-    assert 0 < close < 3, close
+    """Measured: 0.1 levels of 255 in the mean, 5 at most; a guidance scale off by 0.5 makes 0.6 and 22."""
+    right = pixels("fp32")
+    close, off = np.abs(pixels("bf16") - right), np.abs(pixels("fp32", guidance_scale=2.5) - right)
+    assert 0 < close.mean() < 0.3 and close.max() <= 12
+    assert off.mean() > 0.3 and off.max() > 12, "the tolerance would not see a break"
