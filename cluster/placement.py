@@ -6,7 +6,7 @@ Light on purpose: importing it costs no torch and no ray.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -64,6 +64,12 @@ class ServeSection(Section):
     """Prompts whose text states are kept, so that a repeated prompt is not encoded again."""
     strict: bool = False
     """Draw in calls of one fixed size: the same bits in any company, at the price of a full call for every step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of denoiser and text encoder; auto: fp32 on the CPU, bf16 on a GPU. The autoencoder is always fp32."""
+    row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
+    compile: bool = False
+    """Compile the denoiser for every bucket at the model's own size before it serves; without any, 1, 2, 4 ..."""
     blocklist_file: str = ""
     """Text file of words and phrases, by [category]; a prompt that says one is refused. Empty refuses none."""
     safety_classifier: str = ""
@@ -144,6 +150,29 @@ class ServeSection(Section):
                 " largest request could never wait; raise max_queue or lower max_images"
             )
         return self
+
+    @model_validator(mode="after")
+    def _buckets_are_call_sizes(self) -> "ServeSection":
+        sizes = self.row_buckets
+        if sorted(set(sizes)) != list(sizes) or (sizes and sizes[-1] > self.max_batch_rows):
+            raise ValueError(
+                f"serve.row_buckets expected different numbers of rows up to serve.max_batch_rows"
+                f" ({self.max_batch_rows}), the smallest first, found {list(sizes)}"
+            )
+        if sizes and self.strict:
+            raise ValueError(
+                f"serve.row_buckets expected to be empty with serve.strict, whose calls all have max_batch_rows rows,"
+                f" found {list(sizes)}; choose one of the two"
+            )
+        return self
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The row buckets, where compiling takes powers of two by itself those; strict mode needs none."""
+        if self.row_buckets or self.strict or not self.compile:
+            return self.row_buckets
+        powers = (2**exponent for exponent in range(self.max_batch_rows.bit_length()))
+        return tuple(sorted({*powers, self.max_batch_rows}))
 
 
 @dataclass(frozen=True)

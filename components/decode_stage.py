@@ -48,6 +48,8 @@ class DecodeStage:
         self.max_rows = 1 if strict else MAX_BATCH_ROWS
         self.picture_s = 0.0
         """Seconds a picture, over the last batches."""
+        self.decoding_s = 0.0
+        """Seconds of all batches; this thread alone writes it."""
         self.num_dropped = 0
         """Early pictures that were not decoded because others waited."""
         self._final: deque[DecodeJob] = deque()
@@ -77,7 +79,10 @@ class DecodeStage:
         while jobs := self._next():
             start = time.perf_counter()
             results = self._decode_each(jobs)
-            self.picture_s += 0.2 * ((time.perf_counter() - start) / len(jobs) - self.picture_s)
+            # Pictures are on the host by now, so on a GPU the seconds hold its work too.
+            seconds = time.perf_counter() - start
+            self.decoding_s += seconds
+            self.picture_s += 0.2 * (seconds / len(jobs) - self.picture_s)
             for job, result in zip(jobs, results, strict=True):
                 job.deliver(result)
 

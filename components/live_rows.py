@@ -81,8 +81,9 @@ class LiveRow:
 class Group:
     """Rows of one version and shape, stacked; the order of `rows` is the order of the batch."""
 
-    def __init__(self, version: Version, strict_rows: int | None) -> None:
-        self.version, self.strict_rows = version, strict_rows
+    def __init__(self, version: Version, buckets: tuple[int, ...]) -> None:
+        """`buckets`: see `row_batch.make_plan`."""
+        self.version, self.buckets = version, buckets
         self.rows: list[LiveRow] = []
         self.batch: RowBatch | None = None
         """Of the rows that have joined; those that join with the next step come after them."""
@@ -132,7 +133,7 @@ class Group:
 
     def _stepped(self, batch: RowBatch) -> RowBatch:
         plan = self._plan if batch is self.batch else None
-        plan = plan or make_plan(batch, self.strict_rows)
+        plan = plan or make_plan(batch, self.buckets)
         if batch is self.batch:
             self._plan = plan
         return step_rows(batch, plan, self.version.predict, self.version.family.guide)

@@ -23,7 +23,7 @@ from components.errors import DeadlineError, InputError, QueueFullError
 from components.live_rows import AcceptedRequest, LiveRow
 from components.models import Parts
 from components.step_loop import StepLoop
-from components.versions import Version
+from components.versions import TextCounts, Version
 
 logger = logging.getLogger(__name__)
 LATE = "deadline_s expected to leave time for all steps, found {} s too short; ask for fewer steps or a later deadline"
@@ -40,10 +40,7 @@ class StepBatchEngine:
     ) -> None:
         """`on_dropped` is told the name of every version that was let go, from whatever thread let it go."""
         self.limits = limits or EngineLimits()
-        if self.limits.max_batch_rows < 2:
-            raise InputError(
-                f"max_batch_rows expected at least 2, found {self.limits.max_batch_rows}: guidance needs two"
-            )
+        self.limits.check()
         self.counters = EngineCounters()
         self.broken: Exception | None = None
         """What ended the loop's thread, if something did: such an engine draws nothing more."""
@@ -51,6 +48,7 @@ class StepBatchEngine:
         self._lock = threading.Condition()
         self._versions: dict[str, Version] = {}
         self._newest: Version | None = None
+        self._text_counts = TextCounts()
         self._requests: dict[str, AcceptedRequest] = {}
         self._loop = StepLoop(self.limits, self._lock)
         self._decode = DecodeStage(self.limits.strict)
@@ -65,7 +63,7 @@ class StepBatchEngine:
         Requests that wait without a started row move to it, unless they asked for another by name. Without `serve` only
         requests that name it use it (`submit(..., version=name)`), until `retire`.
         """
-        version = Version(name, parts, self.limits.max_cached_prompts)
+        version = Version(name, parts, self.limits.max_cached_prompts, self._text_counts)
         with self._lock:
             if name in self._versions:
                 raise InputError(f"version expected a new name, found {name!r} loaded already; choose another")
@@ -142,17 +140,20 @@ class StepBatchEngine:
     def status(self) -> EngineStatus:
         with self._lock:
             backlog, rate = self._loop.backlog_pixel_steps, self._loop.times.rate
-            versions = list(self._versions.values())
+            compiled = self._newest.parts.compiled if self._newest is not None else None
             return EngineStatus(
                 live_rows=self._loop.num_rows,
                 waiting_rows=len(self._loop.queue),
                 backlog_pixel_steps=backlog,
                 backlog_s=None if rate is None else backlog / rate,
                 rate=rate,
-                versions={version.name: version.num_requests for version in versions},
-                text_hits=sum(version.text.hits for version in versions),
-                text_misses=sum(version.text.misses for version in versions),
+                versions={version.name: version.num_requests for version in self._versions.values()},
+                text_hits=self._text_counts.hits,
+                text_misses=self._text_counts.misses,
+                encoding_s=self._text_counts.encoding_s,
+                decoding_s=self._decode.decoding_s,
                 decode_s=self._decode.picture_s,
+                compiled_shapes=len(compiled.shapes) if compiled is not None else 0,
             )
 
     def _hold(self, name: str | None) -> Version:

@@ -115,13 +115,12 @@ class StepLoop:
                     del self._groups[name]
             late = {row.owner: None for row in self.queue if self._is_late(row, now)}
             late |= {row.owner: None for g in self._groups.values() for row in g.rows if self._is_late(row, now)}
-            strict_rows = self.limits.max_batch_rows if self.limits.strict else None
             while (row := self.queue.take(self.room)) is not None:
                 if row.owner.started_at is None:
                     row.owner.started_at = now
                 name = _group_name(row)
                 if name not in self._groups:
-                    self._groups[name] = Group(row.owner.version, strict_rows)
+                    self._groups[name] = Group(row.owner.version, self.limits.buckets)
                 self._groups[name].add(row)
             return list(late)
 
