@@ -15,6 +15,7 @@ from flows.config import Config
 from flows.models import ResolvedModel
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from components.clip_encoder import ClipEncoder
@@ -86,7 +87,7 @@ def load_model(
 
     # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    parts = load_parts(Path(directory), dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+    parts = load_parts(Path(directory), dtype=_precision(device), device=device)
     made_for = getattr(parts.denoiser.config, "sample_size", None)
     made_for_px = made_for * latent_factor(parts) if isinstance(made_for, int) else fallback_px
     side_px = resolution_px or made_for_px
@@ -98,3 +99,14 @@ def load_model(
     }
     solvers = FLOW_SOLVERS if parts.prediction == "flow" else DIFFUSION_SOLVERS
     return LoadedModel(parts, {**facts, **sizes, "schedulers": list(solvers)})
+
+
+def value_bytes(device: str) -> int:
+    """Return the bytes that a number of a model's weights takes once it is loaded."""
+    return _precision(device).itemsize
+
+
+def _precision(device: str) -> "torch.dtype":
+    import torch
+
+    return torch.float32 if device == "cpu" else torch.bfloat16
