@@ -24,21 +24,20 @@ HEADER_LIMIT_BYTES = 100_000_000
 Plan = Literal["beside", "drain", "refuse"]
 
 
-def num_values(directory: Path | str) -> int:
-    """Return how many numbers the weights of a diffusers directory hold; InputError for files that are damaged.
+def num_values(directory: Path | str) -> dict[str, int]:
+    """Return how many numbers the weights of a diffusers directory hold, for denoiser, text_encoder and vae.
 
-    Counted are denoiser, text encoder and autoencoder, and of each the files that are loaded: variants such as
-    `*.fp16.safetensors` are copies of them.
+    Counted are the files that are loaded: variants such as `*.fp16.safetensors` are copies of them. InputError for
+    files that are damaged.
     """
     directory = Path(directory)
-    folders = (family_of(directory).DENOISER_FOLDER, "text_encoder", "vae")
-    files = [path for folder in folders for path in sorted((directory / folder).glob("*.safetensors"))]
-    return sum(_values_of(path) for path in files if "." not in path.name.removesuffix(".safetensors"))
+    folders = {"denoiser": family_of(directory).DENOISER_FOLDER, "text_encoder": "text_encoder", "vae": "vae"}
+    return {part: sum(map(_values_of, _weights_in(directory / folder))) for part, folder in folders.items()}
 
 
-def needed_bytes(num_values: int, value_bytes: int) -> int:
-    """Return the memory a model takes when each of its numbers is loaded in `value_bytes` bytes."""
-    return round(num_values * value_bytes * (1 + ALLOWANCE))
+def needed_bytes(num_values: Mapping[str, int], value_bytes: Mapping[str, int]) -> int:
+    """Return the memory a model takes when each number of a part is loaded in so many bytes; same keys in both."""
+    return round(sum(count * value_bytes[part] for part, count in num_values.items()) * (1 + ALLOWANCE))
 
 
 def held_bytes(parts: Parts) -> int:
@@ -56,6 +55,11 @@ def plan_swap(needed_bytes: int, free_bytes: int, held_bytes: int, headroom_byte
     if needed_bytes + headroom_bytes <= free_bytes:
         return "beside"
     return "drain" if needed_bytes <= free_bytes + held_bytes else "refuse"
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    return [path for path in files if "." not in path.name.removesuffix(".safetensors")]
 
 
 def _values_of(path: Path) -> int:

@@ -34,7 +34,7 @@ class Follower:
     def __init__(self, config: Config, workspace: Workspace, model: ResolvedModel) -> None:
         self._config, self._workspace = config, workspace
         self._registry = Registry(workspace, config.placement.tracking_uri)
-        self._told = ""
+        self._told: list[str] = []
         self.record: dict[str, Any] = {}
         self.arguments = self._write(model, None)
 
@@ -65,10 +65,10 @@ class Follower:
                 follow()
             except (RegistryError, TrackingError, StorageError, InputError, OSError) as error:
                 problems.append(str(error))
-        problem = "; ".join(filter(None, problems))
-        if problem and problem != self._told:
-            say(f"the endpoint stays with version {self.record['model_version']}: {problem}")
-        self._told = problem
+        for problem in filter(None, problems):
+            if problem not in self._told:
+                say(f"the endpoint stays with version {self.record['model_version']}: {problem}")
+        self._told = problems
 
     def _follow_champion(self) -> None:
         champion = self._registry.by_alias(self._config.name, CHAMPION)
@@ -98,7 +98,7 @@ class Follower:
 
     def _write(self, champion: ResolvedModel, challenger: ResolvedModel | None) -> dict[str, Any]:
         device = "cuda" if self._config.serve.gpus_per_replica else "cpu"
-        arguments = painter_arguments(self._config, champion, device, challenger)
-        write_json_atomic(self._path, arguments)
+        write_json_atomic(self._path, painter_arguments(self._config, champion, device, challenger))
         self._champion, self._challenger = champion, challenger
-        return arguments
+        # As replicas read it: what they start with must equal what they find.
+        return read_wanted(str(self._path)) or {}

@@ -101,9 +101,9 @@ def load_model(
     return LoadedModel(parts, {**facts, **sizes, "schedulers": list(solvers)})
 
 
-def value_bytes(device: str) -> int:
-    """Return the bytes that a number of a model's weights takes once it is loaded."""
-    return _precision(device).itemsize
+def value_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes that a number of each part takes once `load_model` has loaded it with these arguments."""
+    return dict.fromkeys(("denoiser", "text_encoder", "vae"), _precision(arguments["device"]).itemsize)
 
 
 def _precision(device: str) -> "torch.dtype":

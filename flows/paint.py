@@ -187,9 +187,13 @@ def painter_arguments(
     from components.models import embedded_clip
 
     serve = config.serve
+
+    def told(one: ResolvedModel) -> dict[str, Any]:
+        return model_arguments(config, one, device)
+
     return {
-        "model": model_arguments(config, model, device),
-        "challenger": None if challenger is None else model_arguments(config, challenger, device),
+        "model": told(model),
+        "challenger": told(challenger) if challenger is not None else None,
         "limits": {
             "max_batch_rows": serve.max_batch_rows,
             "max_waiting_rows": serve.max_queue,

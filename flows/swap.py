@@ -237,7 +237,7 @@ class Lineup:
     def _plan(self, arguments: Mapping[str, Any]) -> tuple[Plan, str]:
         """Return how a model comes in, and the numbers that say so."""
         device = arguments["device"]
-        needed = needed_bytes(num_values(arguments["directory"]), value_bytes(device))
+        needed = needed_bytes(num_values(arguments["directory"]), value_bytes(arguments))
         free, headroom = self._free(device), self.settings.memory_headroom_bytes
         held = sum(held_bytes(one.parts) for one in (self.champion, self.challenger) if one and one.parts)
         version = arguments.get("facts", {}).get("model_version")

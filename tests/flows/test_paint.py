@@ -147,7 +147,8 @@ def test_twenty_swaps_under_load_fail_no_request_and_each_says_what_drew_it(
         thread.join(60)
     assert problems == [] and set(seen) == {"fresco-aaa", "fresco-bbb"}
     assert painter.engine.counters.failed == painter.engine.counters.cancelled == 0
-    assert list(painter.engine.status().versions) == [painter._name] == list(painter._facts)
+    assert list(painter.engine.status().versions) == [painter.lineup.champion.name] == list(painter.lineup._at_work)
+    assert painter.numbers()["swaps"] == 20 and painter.numbers()["swap_failures"] == 0
 
 
 def test_model_that_cannot_draw_is_not_swapped_in(config: Config, painter: EnginePainter, tmp_path: Path) -> None:
