@@ -40,6 +40,8 @@ class Models:
         told = [painter_arguments(config, resolve_model(config, name), "cpu")["model"] for name in names]
         self._told = {1: told[0], 2: told[1], 3: told[0]}
         self.loads: list[Any] = []
+        self.denoisers: list[weakref.ref[Any]] = []
+        """Of all that were loaded, in order, as long as somebody holds them."""
         self.while_loading: Callable[[], None] = lambda: None
         self.free = PLENTY
 
@@ -56,7 +58,9 @@ class Models:
     def load(self, **arguments: Any) -> LoadedModel:
         self.loads.append(arguments["facts"]["model_version"])
         self.while_loading()
-        return load_model(**arguments)
+        model = load_model(**arguments)
+        self.denoisers.append(weakref.ref(model.parts.denoiser))
+        return model
 
     def lineup(self, first: Mapping[str, Any], **settings: Any) -> Lineup:
         return Lineup(first, EngineLimits(), VersionSettings(**settings), self.load, lambda device: self.free)
@@ -123,10 +127,8 @@ def test_where_memory_is_short_old_requests_finish_the_old_weights_go_and_the_ne
         lineup.engine.submit(request("at work"), ended.append)
         lineup.engine.step()
         lineup.engine.submit(request("waiting"), ended.append)
-        assert lineup.champion.parts is not None
-        old = weakref.ref(lineup.champion.parts.denoiser)
         left: list[Any] = []
-        models.while_loading = lambda: left.append(old())
+        models.while_loading = lambda: left.append(models.denoisers[0]())
         swap = threading.Thread(target=lineup.follow, args=(models[2], None))
         swap.start()
         wait_for(lambda: lineup.waiting)
@@ -148,8 +150,11 @@ def test_where_memory_is_short_old_requests_finish_the_old_weights_go_and_the_ne
 def test_model_that_fails_after_draining_brings_the_old_one_back(models: Models, tmp_path: Path) -> None:
     with closing(models.lineup(models[1], memory_headroom_bytes=2 * PLENTY)) as lineup:
         lineup.engine.start()
+        left: list[Any] = []
+        models.while_loading = lambda: left.extend(one() for one in models.denoisers)
         with pytest.raises(RuntimeError, match="expected finite"):
             lineup.follow(models.broken(tmp_path / "broken"), None)
+        assert left == [None, None, None], "one at a time: old, new, old"
         assert models.loads == [1, 2, 1] and names(lineup) == ["1 (2)"] and lineup.waiting == lineup.lost == ""
         assert lineup.choose(job("new", lineup))[0].version == 1
         assert (lineup.counts.swaps, lineup.counts.swap_failures) == (0, 1)
@@ -282,12 +287,10 @@ def test_retired_weights_are_freed_with_their_last_picture(models: Models) -> No
         ended: list[Event] = []
         lineup.engine.submit(request("last"), ended.append)
         wait_for(lambda: ended)
-        assert lineup.champion.parts is not None
-        old = [weakref.ref(lineup.champion.parts.denoiser), weakref.ref(lineup.champion.parts.vae)]
         lineup.follow(models[2], None)
 
         def gone() -> bool:
             gc.collect()
-            return [one() for one in old] == [None, None]
+            return models.denoisers[0]() is None
 
         wait_for(gone, limit_s=60)
