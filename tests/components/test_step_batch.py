@@ -378,11 +378,13 @@ def test_pictures_do_not_depend_on_the_default_precision_which_loading_a_model_c
     torch.set_default_dtype(torch.bfloat16)
     try:
         desk.ask("meanwhile", row)
+        scale_B111 = desk.engine._requests["meanwhile"].prepared[0].scale_B111
         desk.finish()
         found = desk.inbox.pictures("meanwhile")[0]
     finally:
         torch.set_default_dtype(torch.float32)
     assert difference(found, expected) <= 1
+    assert scale_B111.item() == pytest.approx(3.3, rel=1e-6), "in bf16 it would be 3.297"
 
 
 def test_swaps_under_load_lose_no_request(parts: Parts) -> None:
