@@ -3,10 +3,10 @@
 A request is offered to a bounded queue and forgotten: when the queue is full it is dropped and counted. One background
 thread encodes and writes Parquet shards, each whole or absent; the oldest go when the folder exceeds its bound. Prompts
 are kept as text only when the config allows it, else as features alone. Which requests are kept is decided by a hash of
-the request id, so a share of 0.1 means the same tenth on every replica. Shape letters: N items, D feature width.
+the request id (`request_shares`), so a share of 0.1 means the same tenth on every replica. Shape letters: N items, D
+feature width.
 """
 
-import hashlib
 import io
 import logging
 import os
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from cluster.artifacts import write_bytes_atomic
 from cluster.placement import ServeSection
+from cluster.request_shares import in_share
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,7 @@ QUEUE_REQUESTS = 64
 SHARD_ROWS = 512
 FLUSH_S = 60.0
 LOWEST_PRIORITY = 19
+SALT = "capture"
 SUFFIX = ".parquet"
 SCHEMA = pa.schema(
     [
@@ -87,7 +89,7 @@ class Capture:
 
     def offer(self, served: Served) -> bool:
         """Keep a request if it is in the share and there is room; returns at once, True when it is kept."""
-        if not in_share(served.request_id, self.share):
+        if not in_share(served.request_id, self.share, SALT):
             return False
         with self._lock:
             self.counts["offered"] += 1
@@ -184,11 +186,6 @@ def open_capture(limits: ServeSection, folder: Path, encoder: Encoder) -> Captur
     if limits.capture_share == 0:
         return None
     return Capture(folder, encoder, limits.capture_share, limits.capture_prompts, limits.capture_max_bytes)
-
-
-def in_share(request_id: str, share: float) -> bool:
-    """Whether a request belongs to the share in [0, 1], the same on every replica."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) < share * 2**64
 
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:

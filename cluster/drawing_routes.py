@@ -84,12 +84,20 @@ class Desk:
         if self._others is not None:
             self._others.start()
 
-    def check_model(self, asked: str | None) -> None:
-        """ApiError 404 for a model that is not served here."""
-        served = (self.name, f"models:/{self.name}/{self.bridge.info.get('model_version')}")
-        if asked is not None and asked not in served:
-            message = f"model expected to be {' or '.join(served)}, found {asked!r}: this endpoint serves one model"
+    def name_of(self, version: object) -> str:
+        """Return how clients name one version."""
+        return f"models:/{self.name}/{version}"
+
+    def check_model(self, asked: str | None) -> int | None:
+        """Return the version that is asked for by number, None for whichever serves; ApiError 404 for any other."""
+        named = {self.name_of(version): version for version in self.bridge.versions}
+        if asked is None or asked == self.name:
+            return None
+        if asked not in named:
+            served = " or ".join((self.name, *named))
+            message = f"model expected to be {served}, found {asked!r}: no other is loaded here"
             raise ApiError(message, "model", "model_not_found", 404)
+        return named[asked]
 
     async def cancel(self, request_id: str, key: str) -> bool:
         """End a request of that key, whichever replica draws it; False when none does."""
@@ -147,11 +155,12 @@ async def _draw(
 ) -> Response:
     """Check, hand over, answer: the way of every picture."""
     began = time.monotonic()
-    info = desk.bridge.painter.info()
-    desk.check_model(body.model)
+    painter = desk.bridge.painter
+    version = desk.check_model(body.model)
+    info = painter.info(version)
     own_size = upload.picture.size if upload else None
     order = make_order(body, desk.limits, info, key.priority if key else MOST_PRIORITY, own_size)
-    job = Job(request_id_of(request), order, key.name if key else "", upload)
+    job = Job(request_id_of(request), order, key.name if key else "", upload, version)
     note(request, key=job.key or None)
     drawing = await desk.bridge.submit(job)
     if order.stream:

@@ -53,19 +53,20 @@ def make_app(desk: Desk) -> ASGIApp:
 
 
 def _add_models(app: FastAPI, desk: Desk, admitted: Any) -> None:
-    def card() -> dict[str, Any]:
-        info = desk.bridge.info
-        named = {"id": desk.name, "object": "model", "created": info.get("created", 0), "owned_by": "fresco"}
+    def card(name: str, version: int | None = None) -> dict[str, Any]:
+        info = desk.bridge.info if version is None else desk.bridge.painter.info(version)
+        named = {"id": name, "object": "model", "created": info.get("created", 0), "owned_by": "fresco"}
         return {**named, **provenance_of(info)}
 
     @app.get("/v1/models", dependencies=[admitted])
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+        beside = [(desk.name_of(version), version) for version in desk.bridge.versions[1:]]
+        return {"object": "list", "data": [card(desk.name), *(card(*one) for one in beside)]}
 
     @app.get("/v1/models/{model_id:path}", dependencies=[admitted])
     async def model(model_id: str) -> dict[str, Any]:
-        desk.check_model(model_id)
-        return card()
+        version = desk.check_model(model_id)
+        return card(desk.name if version is None else model_id, version)
 
 
 def _add_health(app: FastAPI, desk: Desk) -> None:
@@ -80,4 +81,7 @@ def _add_health(app: FastAPI, desk: Desk) -> None:
         state = "failed" if bridge.problem else bridge.state
         error = bridge.error or bridge.problem or bridge.swap_error
         status = {"status": state, "error": error, **provenance_of(bridge.info)}
+        if state == "ready" and (reason := bridge.swapping):
+            # Requests wait and are answered, so a balancer must not take the replica out.
+            status |= {"status": "swapping", "reason": reason}
         return JSONResponse(status, status_code=200 if state == "ready" else 503)

@@ -43,7 +43,7 @@ class ImageOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(description="what to draw")
-    model: str | None = Field(None, description="as /v1/models names it; there is one")
+    model: str | None = Field(None, description="as /v1/models names it")
     n: Whole = Field(None, description="number of pictures")
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json, or a url that expires")

@@ -2,7 +2,8 @@
 
 The painter is named by an importable factory, so this folder never learns what a diffusion model is; it is loaded and
 warmed up in a thread. Whoever stops listening to a drawing ends it. With `Follow` the same thread goes on to look which
-model should serve and lets the painter load it beside the old one.
+models should serve and lets the painter load them. Where that leaves no room for requests, they are held here, for a
+while, in place of being refused.
 """
 
 import asyncio
@@ -13,15 +14,19 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from cluster.api_errors import later
-from cluster.painter_contract import Finished, Job, MakeEvent, Painter, PaintEvent
+from cluster.api_errors import later, once
+from cluster.painter_contract import Finished, Job, MakeEvent, Painter, PaintEvent, SwappingError
 
 LOADING_RETRY_S = 2
 IN_USE_RETRY_S = 1
+SWAPPING_RETRY_S = 10
+CANCELLED_STATUS = 499
+HOLD_POLL_S = 0.05
+LEAST_DEADLINE_S = 0.001
 HELPERS = 4
 """Threads that encode prompts and pictures beside the painter's own."""
 LOG = logging.getLogger(__name__)
@@ -37,6 +42,13 @@ class Follow:
     resolver: str
     arguments: Mapping[str, Any]
     every_s: float
+    wait_s: float = 60.0
+    """How long a request is held while a swap leaves nothing to draw it with; 503 afterwards."""
+    most_waiting: int = 64
+    """Requests held at a time; 503 beyond."""
+
+
+NOTHING_TO_FOLLOW = Follow("", {}, every_s=0.0)
 
 
 class Drawing:
@@ -78,11 +90,14 @@ class PainterBridge:
     def __init__(self, factory: str, arguments: Mapping[str, Any], follow: Follow | None = None) -> None:
         self.error = ""
         self.swap_error = ""
-        """Why the model that should serve does not; the one before goes on."""
+        """Why a model that should be loaded is not; what drew before goes on."""
         self.state: Literal["loading", "ready", "failed"] = "loading"
         self._painter: Painter | None = None
         self._keys: dict[str, str] = {}
         """Whose the requests at work are, by request id."""
+        self._limits = follow or NOTHING_TO_FOLLOW
+        self._held: dict[str, bool] = {}
+        """Requests that wait for a swap, by id; True once they are cancelled; for the event loop's thread alone."""
         self._helpers = ThreadPoolExecutor(HELPERS, thread_name_prefix="paint-helper")
         self._loaded, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
@@ -111,7 +126,17 @@ class PainterBridge:
     def numbers(self) -> dict[str, Any]:
         """What `serve_metrics` reads at a scrape; before the model is ready, its state alone."""
         known = self._painter.numbers() if self._painter is not None and self.state == "ready" else {}
-        return {"state": self.state, **self.info, **known}
+        return {"state": self.state, **self.info, **known, "held_requests": len(self._held)}
+
+    @property
+    def versions(self) -> Sequence[int]:
+        """The versions that requests may name, the champion first; none before it is ready."""
+        return self._painter.versions() if self._painter is not None and self.state == "ready" else ()
+
+    @property
+    def swapping(self) -> str:
+        """Why new requests wait just now, empty while they do not."""
+        return self._painter.swapping() if self._painter is not None and self.state == "ready" else ""
 
     @property
     def problem(self) -> str:
@@ -135,19 +160,31 @@ class PainterBridge:
                 loop.call_soon_threadsafe(events.put_nowait, make)
 
         drawing = Drawing(events, self._helpers, partial(self._leave, painter, job.request_id))
-        accepted = self._helpers.submit(painter.submit, job, receive)
-        try:
-            await asyncio.wrap_future(accepted)
-        except BaseException:
-            # A caller that leaves now may leave a job that is being accepted: it is ended as soon as it is.
-            accepted.add_done_callback(lambda _: drawing.close())
-            raise
-        return drawing
+        began, deadline_s = loop.time(), job.order.deadline_s
+        wait_s = min(self._limits.wait_s, deadline_s or self._limits.wait_s)
+        while True:
+            accepted = self._helpers.submit(painter.submit, _with_less_time(job, loop.time() - began), receive)
+            try:
+                await asyncio.wrap_future(accepted)
+                return drawing
+            except SwappingError as error:
+                try:
+                    await self._hold(painter, job.request_id, began + wait_s, str(error))
+                except BaseException:
+                    drawing.close()
+                    raise
+            except BaseException:
+                # A caller that leaves now may leave a job that is being accepted: it is ended as soon as it is.
+                accepted.add_done_callback(lambda _: drawing.close())
+                raise
 
     def cancel(self, request_id: str, key: str) -> bool:
         """End a request of the same key; False when none of that name is at work."""
         if self._painter is None or self._keys.get(request_id) != key:
             return False
+        if request_id in self._held:
+            self._held[request_id] = True
+            return True
         return self._painter.cancel(request_id)
 
     def close(self) -> None:
@@ -157,6 +194,24 @@ class PainterBridge:
         if self._painter is not None:
             self._painter.close()
         self._helpers.shutdown()
+
+    async def _hold(self, painter: Painter, request_id: str, until: float, reason: str) -> None:
+        """Return when the painter takes requests again; ApiError when that takes too long, or too many wait."""
+        loop, limits = asyncio.get_running_loop(), self._limits
+        if len(self._held) >= limits.most_waiting:
+            message = f"another model is being loaded, and {len(self._held)} requests wait for it ({reason})"
+            raise later(503, message, "swapping", SWAPPING_RETRY_S)
+        self._held[request_id] = False
+        try:
+            while painter.swapping() and not self._held[request_id]:
+                if loop.time() >= until:
+                    message = f"another model is being loaded, which takes longer than this request may wait ({reason})"
+                    raise later(503, message, "swapping", SWAPPING_RETRY_S)
+                await asyncio.sleep(HOLD_POLL_S)
+            if self._held[request_id]:
+                raise once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled")
+        finally:
+            del self._held[request_id]
 
     def _leave(self, painter: Painter, request_id: str) -> None:
         painter.cancel(request_id)  # nothing happens to a request that has ended
@@ -199,7 +254,15 @@ class PainterBridge:
                     self.swap_error = ""
             except Exception as error:  # of a registry, a disk or a model: what serves goes on serving
                 self.swap_error = f"{type(error).__name__}: {error}"
-                LOG.exception("the model that should serve could not be loaded; the one before goes on")
+                LOG.exception("a model that should be loaded could not be; what drew before goes on")
+
+
+def _with_less_time(job: Job, spent_s: float) -> Job:
+    """Take what was spent on waiting from a job's deadline, which the painter counts from when it sees it."""
+    if job.order.deadline_s is None:
+        return job
+    left_s = max(LEAST_DEADLINE_S, job.order.deadline_s - spent_s)
+    return replace(job, order=replace(job.order, deadline_s=left_s))
 
 
 def _wanted(follow: Follow | None) -> dict[str, Any] | None:

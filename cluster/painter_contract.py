@@ -27,6 +27,8 @@ class Job:
     """Name of the API key that asks: keys share the model fairly."""
     upload: "Upload | None" = None
     """The picture to edit."""
+    version: int | None = None
+    """The version that was asked for by number; None lets the painter choose."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ MakeEvent = Callable[[], PaintEvent | None]
 Receiver = Callable[[MakeEvent], None]
 
 
+class SwappingError(Exception):
+    """New requests wait while one model is exchanged for another; ask again when `Painter.swapping` is empty."""
+
+
 class Painter(Protocol):
     """What the factory returns: the model behind an endpoint."""
 
@@ -70,12 +76,23 @@ class Painter(Protocol):
         """Draw a first picture; raises what is wrong with the model."""
         ...
 
-    def info(self) -> dict[str, Any]:
-        """What `images_schema` must know of the model that serves now, with model_version, dataset and run_id."""
+    def info(self, version: int | None = None) -> dict[str, Any]:
+        """What `images_schema` must know of the champion, with model_version, dataset and run_id; or of a version.
+
+        A version that is not loaded (any more) raises ApiError 404.
+        """
+        ...
+
+    def versions(self) -> Sequence[int]:
+        """The versions that requests may name, the champion first."""
         ...
 
     def submit(self, job: Job, receive: Receiver) -> None:
-        """Accept a job or raise ApiError; takes the time of encoding its prompt."""
+        """Accept a job or raise ApiError; takes the time of encoding its prompt. SwappingError: not just now."""
+        ...
+
+    def swapping(self) -> str:
+        """Why new requests wait; empty while they do not."""
         ...
 
     def cancel(self, request_id: str) -> bool:
@@ -91,7 +108,10 @@ class Painter(Protocol):
         ...
 
     def swap(self, arguments: Mapping[str, Any]) -> None:
-        """Load the model that a factory of these arguments would, beside the old one, and draw new requests with it."""
+        """Make the models of these arguments, a factory's, those that draw new requests; what is loaded stays.
+
+        No request fails for it. Models that cannot be loaded raise, and what drew before goes on.
+        """
         ...
 
     def close(self) -> None:

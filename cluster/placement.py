@@ -78,6 +78,14 @@ class ServeSection(Section):
     """Keyword arguments of the classifier's function."""
     follow_s: float = Field(5.0, gt=0)
     """Seconds between looks at which version is the champion; a new one is loaded beside the old."""
+    challenger_share: float = Field(0.0, ge=0, le=1)
+    """Share of requests that the version with the alias challenger answers; a request id is always on the same side."""
+    shadow_share: float = Field(0.0, ge=0, le=1)
+    """Share of the champion's requests that the challenger draws too, for the metrics only; edits are left out."""
+    memory_headroom_bytes: int = Field(256 * 2**20, ge=0)
+    """Memory to stay free beside two models; where it would not, requests wait while the old one makes room."""
+    swap_wait_s: float = Field(60.0, ge=0)
+    """How long a request waits while the old model makes room for the new; it is answered 503 afterwards."""
     max_body_bytes: int = Field(1_000_000, ge=1024)
     """Largest JSON body; a larger one is answered 413 before it is held in memory."""
     api_keys_file: str = ""

@@ -18,10 +18,9 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from cluster.request_watch import EndedRequest
+from cluster.role_metrics import BUCKETS_S, role_families
 
 METRICS_ROUTE = "/metrics"
-LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300)
-"""Close together where pictures take their time, 1 to 60 s."""
 MOST_REASONS = 40
 MOST_VERSIONS = 16
 OTHER = "other"
@@ -38,6 +37,8 @@ SUMS = {
     "steps_saved": ("fresco_steps_saved", "Steps of cancelled and failed requests that were not made"),
     "swaps": ("fresco_swaps", "Times that another version began to serve"),
     "swap_s": ("fresco_swap_seconds", "Seconds from the start of loading a version until it served"),
+    "swaps_drained": ("fresco_swaps_drained", "Of these, how many let go of the old weights first: memory was short"),
+    "swap_failures": ("fresco_swap_failures", "Times that a version, champion or challenger, could not be loaded"),
 }
 """Key of the mapping -> name and help of a counter."""
 LABELLED_SUMS = {
@@ -61,10 +62,12 @@ LEVELS = {
     "rate": ("fresco_pixel_steps_per_second", "Measured speed of the denoiser"),
     "decode_s": ("fresco_decode_picture_seconds", "Seconds to decode one picture, smoothed"),
     "compiled_shapes": ("fresco_compiled_shapes", "Denoiser call shapes with compiled code, of the newest version"),
+    "swapping": ("fresco_swapping", "1 while new requests wait for a swap that drains first"),
+    "held_requests": ("fresco_held_requests", "Requests that wait for such a swap"),
 }
 """Key -> name and help of a gauge."""
 INFO = ("model_version", "dataset", "run_id")
-OTHER_KEYS = ("versions", "state")
+OTHER_KEYS = ("versions", "state", "roles", "role_versions")
 
 
 class ServeMetrics:
@@ -86,7 +89,7 @@ class ServeMetrics:
             "fresco_request_seconds",
             "From a request's arrival to its last byte",
             ("replica", "route"),
-            buckets=LATENCY_BUCKETS_S,
+            buckets=BUCKETS_S,
             registry=at,
         )
         self._in_flight.labels(replica)
@@ -158,6 +161,7 @@ class _Engine(Collector):
             if key in found:
                 yield self._family(GaugeMetricFamily, name, text, (), [((), found[key])])
         yield from self._models(found)
+        yield from role_families(self.replica, found.get("roles", {}), found.get("role_versions", {}))
 
     def _models(self, found: Mapping[str, Any]) -> Iterator[Metric]:
         if "state" in found:

@@ -83,8 +83,9 @@ class DecodeStage:
             seconds = time.perf_counter() - start
             self.decoding_s += seconds
             self.picture_s += 0.2 * (seconds / len(jobs) - self.picture_s)
-            for job, result in zip(jobs, results, strict=True):
-                job.deliver(result)
+            while jobs:
+                # Nothing is held on to: a job kept while the next is awaited would keep weights that were let go.
+                jobs.pop(0).deliver(results.pop(0))
 
     def _next(self) -> list[DecodeJob]:
         """Wait for work; returns jobs of one shape, the oldest first, or none at the end."""

@@ -1,5 +1,6 @@
 """How much the engine takes on, what it has done, and how it stands: plain values for a server to read and show."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components.draw_requests import Cancelled, Done, Failed
@@ -20,7 +21,7 @@ class EngineLimits:
     """Prompts whose text states are kept, for each version."""
     strict: bool = False
     """Every call has `max_batch_rows` rows: bit-identical pictures, at the price of a full call for every step."""
-    row_buckets: tuple[int, ...] = ()
+    row_buckets: Sequence[int] = ()
     """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
 
     def check(self) -> None:
@@ -38,7 +39,7 @@ class EngineLimits:
     @property
     def buckets(self) -> tuple[int, ...]:
         """Sizes of denoiser calls; strict mode is the case of a single one."""
-        return (self.max_batch_rows,) if self.strict else self.row_buckets
+        return (self.max_batch_rows,) if self.strict else tuple(self.row_buckets)
 
 
 @dataclass

@@ -58,26 +58,30 @@ class StepBatchEngine:
     # Weights
 
     def load(self, name: str, parts: Parts, serve: bool = True) -> None:
-        """Add a model; with `serve`, rows that start from now on use it, and the one before ends with its last row.
-
-        Requests that wait without a started row move to it, unless they asked for another by name. Without `serve` only
-        requests that name it use it (`submit(..., version=name)`), until `retire`.
-        """
+        """Add a model, and `serve` with it, or let only requests use it that name it (`submit(..., version=name)`)."""
         version = Version(name, parts, self.limits.max_cached_prompts, self._text_counts)
         with self._lock:
             if name in self._versions:
                 raise InputError(f"version expected a new name, found {name!r} loaded already; choose another")
             self._versions[name] = version
-            before = self._newest if serve else None
-            if serve:
-                self._newest = version
-            if before is not None:
-                before.retired = True
+        if serve:
+            self.serve(name)
+
+    def serve(self, name: str) -> None:
+        """Start rows from now on with a loaded version; the one before ends with its last row.
+
+        Requests that wait without a started row move to it, unless they asked for another by name.
+        """
+        with self._lock:
+            version, before = self._versions[name], self._newest
+            self._newest = version
+            if before is None or before is version:
+                return
+            before.retired = True
             moving = [r for r in self._requests.values() if r.version is before and self._can_move(r)]
         for accepted in moving:
             self._move(accepted, version)
-        if before is not None:
-            self._drop_if_idle(before)
+        self._drop_if_idle(before)
 
     def retire(self, name: str) -> None:
         """Start no more rows on a version; it is dropped with its last request."""

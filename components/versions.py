@@ -135,7 +135,7 @@ class Version:
             clean_BCHW=torch.zeros_like(latents_1CHW, device=self.device),
             columns_BSK=table.columns_SK.unsqueeze(0).to(self.device),
             step_B=torch.zeros(1, dtype=torch.int64, device=self.device),
-            scale_B111=torch.full((1, 1, 1, 1), row.guidance_scale, device=self.device),
+            scale_B111=torch.full((1, 1, 1, 1), row.guidance_scale, dtype=torch.float32, device=self.device),
             text=self.text.states(row.prompt),
             negative=self.text.states(row.negative_prompt),
             guided=(self.family.uses_guidance(row.guidance_scale),),

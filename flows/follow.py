@@ -1,4 +1,4 @@
-"""Which model should the endpoint draw with? `fresco serve` asks the registry and writes it down; replicas read that.
+"""Which models should the endpoint draw with? `fresco serve` asks the registry and writes it down; replicas read that.
 
 So the registry is asked by one process, and a replica that starts late finds the same answer. A replica loads what is
 written beside what it has; `endpoint.json` names a version once the endpoint says that it draws with it.
@@ -12,7 +12,7 @@ from cluster.artifacts import Workspace, read_json, write_json_atomic
 from cluster.errors import RegistryError, StorageError, TrackingError
 from cluster.painter_bridge import Follow
 from cluster.proxy_face import ASLEEP
-from cluster.registry import CHAMPION, Registry
+from cluster.registry import CHALLENGER, CHAMPION, Registry
 from components.errors import InputError
 from flows.config import Config
 from flows.console import say
@@ -24,25 +24,26 @@ ENDPOINT = "endpoint.json"
 
 
 def read_wanted(path: str) -> dict[str, Any] | None:
-    """Return the painter's arguments for the model that should serve, None when nothing is written."""
+    """Return the painter's arguments for the models that should serve, None when nothing is written."""
     wanted: dict[str, Any] | None = read_json(Path(path))
     return wanted
 
 
 class Follower:
-    """Follows the champion for one endpoint; `record` is what its `endpoint.json` says."""
+    """Follows champion and challenger for one endpoint; `record` is what its `endpoint.json` says."""
 
     def __init__(self, config: Config, workspace: Workspace, model: ResolvedModel) -> None:
         self._config, self._workspace = config, workspace
         self._registry = Registry(workspace, config.placement.tracking_uri)
-        self._told = ""
+        self._told: list[str] = []
         self.record: dict[str, Any] = {}
-        self.arguments = self._write(model)
+        self.arguments = self._write(model, None)
 
     @property
     def follow(self) -> Follow:
         """What a replica is told."""
-        return Follow(RESOLVER, {"path": str(self._path)}, self._config.serve.follow_s)
+        serve = self._config.serve
+        return Follow(RESOLVER, {"path": str(self._path)}, serve.follow_s, serve.swap_wait_s, serve.max_queue)
 
     def write_record(self, url: str, pid: int, version: int | None) -> dict[str, Any]:
         """Write down who serves what, and since when."""
@@ -52,34 +53,55 @@ class Follower:
         return self.record
 
     def look(self, status: dict[str, Any]) -> None:
-        """Compare champion, what is written and what `status` (of /readyz) says; what cannot be had now is told once.
+        """Compare aliases, what is written and what `status` (of /readyz) says; what cannot be had now is told once.
 
         A registry that is away, or a version whose weights changed, leaves everything as it is.
         """
         # Whatever wakes from sleep loads what is written.
-        drawing = self._wanted if status["status"] == ASLEEP else status["model_version"]
+        drawing = self._champion.version if status["status"] == ASLEEP else status["model_version"]
         if status["status"] in ("ready", ASLEEP) and drawing != self.record["model_version"]:
             self.write_record(self.record["url"], self.record["pid"], drawing)
             say(f"{self.record['url']} serves version {drawing}; rows at work finish on the one before")
-        try:
-            champion = self._registry.by_alias(self._config.name, CHAMPION)
-            if champion is not None and champion.number != self._wanted:
-                self._write(resolve_model(self._config, champion.uri))
-                say(f"the champion is version {champion.number}: it is loaded beside the one that serves")
-            problem = status["error"]
-        except (RegistryError, TrackingError, StorageError, InputError, OSError) as error:
-            problem = str(error)
-        if problem and problem != self._told:
-            say(f"the endpoint stays with version {self.record['model_version']}: {problem}")
-        self._told = problem
+        problems = [status.get("reason") or status["error"]]
+        for follow in (self._follow_champion, self._follow_challenger):
+            try:
+                follow()
+            except (RegistryError, TrackingError, StorageError, InputError, OSError) as error:
+                problems.append(str(error))
+        for problem in filter(None, problems):
+            if problem not in self._told:
+                say(f"the endpoint stays with version {self.record['model_version']}: {problem}")
+        self._told = problems
+
+    def _follow_champion(self) -> None:
+        champion = self._registry.by_alias(self._config.name, CHAMPION)
+        if champion is not None and champion.number != self._champion.version:
+            self._write(resolve_model(self._config, champion.uri), self._challenger)
+            say(f"the champion is version {champion.number}: it is loaded beside the one that serves")
+
+    def _follow_challenger(self) -> None:
+        """Ask the registry only where a challenger would draw; one that cannot be had leaves the champion alone."""
+        serve = self._config.serve
+        if not serve.challenger_share and not serve.shadow_share:
+            return
+        found = self._registry.by_alias(self._config.name, CHALLENGER)
+        wanted = None if found is None or found.number == self._champion.version else found
+        known = None if self._challenger is None else self._challenger.version
+        if wanted is None and self._challenger is not None:
+            self._write(self._champion, None)
+            say(f"version {known} is the challenger no more: it is let go after its last picture")
+        elif wanted is not None and wanted.number != known:
+            self._write(self._champion, resolve_model(self._config, wanted.uri))
+            answers = f"it answers {serve.challenger_share:.0%} of requests and repeats {serve.shadow_share:.0%}"
+            say(f"the challenger is version {wanted.number}: {answers}")
 
     @property
     def _path(self) -> Path:
         return self._workspace.root / "serving" / "wanted.json"
 
-    def _write(self, model: ResolvedModel) -> dict[str, Any]:
+    def _write(self, champion: ResolvedModel, challenger: ResolvedModel | None) -> dict[str, Any]:
         device = "cuda" if self._config.serve.gpus_per_replica else "cpu"
-        arguments = painter_arguments(self._config, model, device)
-        write_json_atomic(self._path, arguments)
-        self._wanted = model.version
-        return arguments
+        write_json_atomic(self._path, painter_arguments(self._config, champion, device, challenger))
+        self._champion, self._challenger = champion, challenger
+        # As replicas read it: what they start with must equal what they find.
+        return read_wanted(str(self._path)) or {}

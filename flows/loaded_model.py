@@ -86,9 +86,10 @@ def load_serving_parts(directory: Path, device: str, precision: str) -> "Parts":
 
     from components.models import load_parts
 
-    bf16 = precision == "bf16" or (precision == "auto" and device != "cpu")
     drawing = {"tokenizer", "text_encoder", "denoiser"}
-    parts = load_parts(directory, dtype=torch.bfloat16 if bf16 else torch.float32, device=device, only=drawing)
+    parts = load_parts(
+        directory, dtype=torch.bfloat16 if _in_bf16(device, precision) else torch.float32, device=device, only=drawing
+    )
     return parts.with_modules(vae=load_parts(directory, device=device, only={"vae"}).vae)
 
 
@@ -127,3 +128,13 @@ def load_model(
     }
     solvers = FLOW_SOLVERS if parts.prediction == "flow" else DIFFUSION_SOLVERS
     return LoadedModel(parts, {**facts, **sizes, "schedulers": list(solvers)})
+
+
+def value_bytes(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes that a number of each part takes once `load_model` has loaded it with these arguments."""
+    drawing = 2 if _in_bf16(arguments["device"], arguments.get("precision", "auto")) else 4
+    return {"denoiser": drawing, "text_encoder": drawing, "vae": 4}
+
+
+def _in_bf16(device: str, precision: str) -> bool:
+    return precision == "bf16" or (precision == "auto" and device != "cpu")

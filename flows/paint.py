@@ -1,44 +1,41 @@
 """The model behind the endpoint: jobs in plain values become rows of the step-batching engine, its events become files.
 
-The replica names `make_painter` as its factory. Prompts are judged and encoded in the thread that submits, pictures are
-judged, retouched, encoded and signed in the thread that takes them. Files say what drew them and never what was asked.
+The replica names `make_painter` as its factory. Which weights draw a job is `swap.Lineup`'s to say, what becomes of a
+picture `finish.Finisher`'s. Prompts are judged and encoded in the thread that submits.
 """
 
 import math
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from cluster.api_errors import ApiError, later, once, refused_content
+from cluster.api_errors import ApiError, later, once
 from cluster.artifacts import open_workspace
-from cluster.painter_contract import Finished, Job, MakeEvent, PaintEvent, Partial, Receiver
+from cluster.painter_contract import Job, MakeEvent, PaintEvent, Receiver
+from cluster.role_metrics import Role, RoleTallies
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, StartPicture
 from components.engine_status import EngineLimits
 from components.errors import DeadlineError, InputError, QueueFullError
-from components.provenance import encode
-from components.retouch import RETOUCHES, retouch
+from components.retouch import RETOUCHES
 from components.safety import Safety, open_safety
 from components.sampler import PictureRequest, draw
 from components.signing_key import Signer, open_signer
-from components.start_pictures import make_start, paste_kept
-from components.step_batch import StepBatchEngine
+from components.start_pictures import make_start
 from components.threads import settle_threads
 from flows.config import Config
-from flows.loaded_model import LateEncoder, LoadedModel, load_model, model_arguments
+from flows.finish import Finisher
+from flows.loaded_model import LateEncoder, model_arguments
 from flows.models import ResolvedModel
+from flows.shadow import Shadows
+from flows.swap import WARM_UP, Lineup, Loaded, VersionSettings, can_draw, warm_up_row
 
 FACTORY = "flows.paint:make_painter"
-WARM_UP = "warm up"
 WARM_UP_LIMIT_S = 120.0
-FACTS = ("model_version", "dataset", "run_id")
-"""What every picture says of the weights that drew it."""
 MOST_RETRY_AFTER_S = 60
 """The OpenAI client does not wait longer by itself."""
 UNKNOWN_RETRY_AFTER_S = 2
@@ -46,27 +43,26 @@ CANCELLED_STATUS = 499
 
 
 class EnginePainter:
-    """An engine with the model that serves, its predecessors as long as they draw, and what makes a file of a picture.
+    """An engine with the models that serve, and what makes files of its pictures.
 
     See `cluster.painter_contract.Painter` for what the routes may ask.
     """
 
-    def __init__(
-        self, model: LoadedModel, limits: EngineLimits, safety: Safety, signer: Signer, encoder: LateEncoder
-    ) -> None:
-        self.encoder = encoder
-        self._safety, self._signer, self._num_models = safety, signer, 0
-        self._facts: dict[str, Mapping[str, Any]] = {}
-        """Of every version that still draws, by the engine's name for it."""
-        self._swapping = threading.Lock()
-        self._num_swaps, self._swap_s = 0, 0.0
+    def __init__(self, lineup: Lineup, safety: Safety, signer: Signer, encoder: LateEncoder) -> None:
+        self.encoder, self.lineup, self.engine = encoder, lineup, lineup.engine
+        self._tallies = RoleTallies()
+        self._finisher = Finisher(safety, signer, self._tallies)
+        self._shadows = Shadows(self.engine, self._tallies, lineup.settings.shadow_share)
+        lineup.before_drain = self._shadows.cancel_all
         self._ending = False
-        self.engine = StepBatchEngine(limits, on_dropped=self._forget)
-        self._serve(model)
         self.engine.start()
 
-    def info(self) -> dict[str, Any]:
-        return {**self.model.info, "postprocess": list(RETOUCHES)}
+    def info(self, version: int | None = None) -> dict[str, Any]:
+        loaded = self.lineup.champion if version is None else self.lineup.named(version)[0]
+        return {**loaded.info, "postprocess": list(RETOUCHES)}
+
+    def versions(self) -> list[int]:
+        return self.lineup.versions()
 
     def warm_up(self) -> None:
         """Draw a picture through the engine; raises what the engine raised."""
@@ -77,119 +73,94 @@ class EnginePainter:
             last.append(event)
             ended.set()
 
-        self.engine.submit(DrawRequest(WARM_UP, (_warm_up_row(self.model),)), receive)
+        self.engine.submit(DrawRequest(WARM_UP, (warm_up_row(self.lineup.champion.info),)), receive)
         if not ended.wait(WARM_UP_LIMIT_S):
             raise TimeoutError(f"a first picture expected within {WARM_UP_LIMIT_S:.0f} s, found none")
         if isinstance(last[0], Failed):
             raise last[0].error
 
     def submit(self, job: Job, receive: Receiver) -> None:
-        """Accept a job; ApiError for what the safety stage or the engine refuses."""
-        self._judge(job)
-
-        def put(event: Event) -> None:
-            make = self._maker(job, event)
-            if make is not None:
-                receive(make)
-
-        try:
-            if job.upload is None:
-                self.engine.submit(_request(job, None), put)
-            else:
-                self._submit_edit(job, put)
-        except (InputError, QueueFullError, DeadlineError) as error:
-            raise self._refusal(error) from error
+        """Accept a job; ApiError for what the safety stage or the engine refuses, SwappingError while it must wait."""
+        self.lineup.choose(job)  # a job that must wait is judged when it comes again
+        self._finisher.judge(job)
+        while True:
+            chosen, role = self.lineup.choose(job)
+            try:
+                self._hand_over(job, chosen, role, receive)
+                break
+            except InputError as error:
+                if self.lineup.serves(chosen):
+                    raise self._refusal(error) from error
+                # It was let go meanwhile: the choice is made again.
+            except (QueueFullError, DeadlineError) as error:
+                raise self._refusal(error) from error
+        if role == "champion" and job.upload is None and job.version is None:
+            self._shadows.offer(_request(job, None), partial(self._shadow_of, job))
 
     def cancel(self, request_id: str) -> bool:
-        return self.engine.cancel(request_id)
+        cancelled = self.engine.cancel(request_id)
+        if cancelled:
+            self._shadows.cancel(request_id)
+        return cancelled
 
     def numbers(self) -> dict[str, Any]:
         engine = {**asdict(self.engine.status()), **asdict(self.engine.counters)}
-        return {**engine, "swaps": self._num_swaps, "swap_s": self._swap_s}
+        return {**engine, **self.lineup.numbers(), "roles": self._tallies.read()}
 
     def problem(self) -> str:
         broken = self.engine.broken
-        return f"the denoising loop ended: {type(broken).__name__}: {broken}" if broken is not None else ""
+        ended = f"the denoising loop ended: {type(broken).__name__}: {broken}" if broken is not None else ""
+        return ended or self.lineup.lost
+
+    def swapping(self) -> str:
+        return self.lineup.waiting
 
     def swap(self, arguments: Mapping[str, Any]) -> None:
-        """Load another model beside the one that serves; a model that cannot draw raises and changes nothing."""
-        start = time.monotonic()
-        model = load_model(**arguments["model"])
-        draw(model.parts, [_warm_up_row(model)])
-        self._serve(model)
-        self._num_swaps, self._swap_s = self._num_swaps + 1, self._swap_s + time.monotonic() - start
+        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on."""
+        self.lineup.follow(arguments["model"], arguments.get("challenger"))
 
     def close(self) -> None:
         self._ending = True
+        self._shadows.close()
         self.engine.close()
 
-    def _serve(self, model: LoadedModel) -> None:
-        with self._swapping:
-            self._num_models += 1
-            # A version may come back after a rollback, while its rows of before are still drawn.
-            name = f"{model.info.get('model_version')} ({self._num_models})"
-            self._facts[name] = {key: model.info.get(key) for key in FACTS}
-            self.engine.load(name, model.parts)
-            self.model, self._name = model, name
+    def _hand_over(self, job: Job, chosen: Loaded, role: Role, receive: Receiver) -> None:
+        def put(event: Event) -> None:
+            make = self._maker(job, role, event)
+            if make is not None:
+                receive(make)
 
-    def _forget(self, name: str) -> None:
-        self._facts.pop(name)
-
-    def _submit_edit(self, job: Job, put: Any) -> None:
-        """Encode the picture by the model that will draw it: the request is held to that version."""
-        assert job.upload is not None
-        while True:
-            model, name = self.model, self._name
+        start, parts = None, chosen.parts
+        if job.upload is not None:
+            if parts is None:
+                raise InputError(f"version {chosen.version} expected to be loaded, found it let go; ask again")
+            # Encoded by the model that will draw it.
             size = (job.order.rows[0]["width_px"], job.order.rows[0]["height_px"])
-            start = make_start(model.parts, job.upload.picture, job.upload.mask, size, job.order.strength)
-            with self._swapping:
-                if name == self._name:
-                    self.engine.submit(_request(job, start), put, version=name)
-                    return
+            start = make_start(parts, job.upload.picture, job.upload.mask, size, job.order.strength)
+        held = start is not None or role != "champion" or job.version is not None
+        # What is not held to a version moves to a new champion as long as it waits.
+        self.engine.submit(_request(job, start), put, version=chosen.name if held else None)
 
-    def _judge(self, job: Job) -> None:
-        decision = self._safety.check_prompt(job.order.rows[0]["prompt"])
-        if not decision.allowed:
-            raise refused_content(decision.category)
-        for decision in self._safety.check_pictures([job.upload.picture] if job.upload else []):
-            if not decision.allowed:
-                raise refused_content(decision.category, "image")
+    def _shadow_of(self, job: Job) -> str | None:
+        challenger = self.lineup.challenger
+        return challenger.name if challenger is not None and can_draw(challenger, job) else None
 
-    def _maker(self, job: Job, event: Event) -> MakeEvent | None:
+    def _maker(self, job: Job, role: Role, event: Event) -> MakeEvent | None:
         """Return what makes an event of the routes of one of the engine; None where they have none."""
         if isinstance(event, Done):
+            self._tallies.done(role, event.waited_s + event.drawn_s)
             # Taken here and now: a version that has ended is forgotten.
-            return partial(self._finish, job, event.pictures, self._facts[event.version])
+            info = self.lineup.facts(event.version)
+            return partial(self._finisher.finish, job, event.pictures, info, role)
         if isinstance(event, PartialPicture):
-            return partial(self._show, job, event)
+            return partial(self._finisher.show, job, event.row, event.index, event.picture)
         if isinstance(event, Failed):
+            self._tallies.ended(role, "failed")
             return partial(_raise, self._failure(event.error))
         if isinstance(event, Cancelled):
+            self._tallies.ended(role, "cancelled")
             return partial(_raise, once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled"))
         return None
-
-    def _finish(self, job: Job, pictures: Sequence[Image.Image], facts: Mapping[str, Any]) -> PaintEvent:
-        pictures = [_with_kept(job, picture) for picture in pictures]
-        for decision in self._safety.check_pictures(pictures):
-            if not decision.allowed:
-                raise refused_content(decision.category)
-        shown = [retouch(picture, job.order.postprocess) for picture in pictures]
-        contents = tuple(self._file(job, row, picture, facts) for row, picture in enumerate(shown))
-        return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures)
-
-    def _show(self, job: Job, event: PartialPicture) -> PaintEvent | None:
-        picture = _with_kept(job, event.picture)
-        if not self._safety.check_pictures([picture])[0].allowed:
-            return None  # the finished picture is judged by itself
-        return Partial(event.row, event.index, self._file(job, event.row, picture, {}))
-
-    def _file(self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
-        order, row = job.order, job.order.rows[index]
-        drawn_as = {key: row[key] for key in ("seed", "steps", "guidance_scale")}
-        every = {**facts, "request_id": job.request_id, **drawn_as}
-        if order.postprocess:
-            every["postprocess"] = ", ".join(order.postprocess)
-        return encode(picture, order.output_format, order.quality, every, self._signer)
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, QueueFullError):
@@ -212,20 +183,33 @@ class EnginePainter:
         return once(500, f"drawing failed: {type(error).__name__}: {error}", "drawing_failed")
 
 
-def painter_arguments(config: Config, model: ResolvedModel, device: str) -> dict[str, Any]:
+def painter_arguments(
+    config: Config, model: ResolvedModel, device: str, challenger: ResolvedModel | None = None
+) -> dict[str, Any]:
     """Return what `make_painter` needs, as plain values that travel to another process."""
     from components.models import embedded_clip
 
     serve = config.serve
-    compile_rows = (serve.max_batch_rows,) if serve.strict else serve.buckets
+    # Lists, not tuples: these arguments are compared with what was read from JSON.
+    compile_rows = [serve.max_batch_rows] if serve.strict else list(serve.buckets)
+
+    def told(one: ResolvedModel) -> dict[str, Any]:
+        return {**model_arguments(config, one, device), "compile_rows": compile_rows if serve.compile else []}
+
     return {
-        "model": {**model_arguments(config, model, device), "compile_rows": compile_rows if serve.compile else ()},
+        "model": told(model),
+        "challenger": told(challenger) if challenger is not None else None,
         "limits": {
             "max_batch_rows": serve.max_batch_rows,
             "max_waiting_rows": serve.max_queue,
             "max_cached_prompts": serve.max_cached_prompts,
             "strict": serve.strict,
-            "row_buckets": serve.buckets,
+            "row_buckets": list(serve.buckets),
+        },
+        "versions": {
+            "challenger_share": serve.challenger_share,
+            "shadow_share": serve.shadow_share,
+            "memory_headroom_bytes": serve.memory_headroom_bytes,
         },
         "safety": {
             "blocklist_file": serve.blocklist_file,
@@ -244,24 +228,24 @@ def make_painter(
     safety: Mapping[str, Any],
     keys: str,
     clip: str,
+    versions: Mapping[str, Any] | None = None,
+    challenger: Mapping[str, Any] | None = None,
     threads: int = 0,
 ) -> EnginePainter:
     """Load a model and start an engine for it; `keys` is the folder of the key that signs pictures.
 
-    `threads` draw, on a CPU; 0 finds out how many are fastest.
+    A challenger is not loaded here: `swap` does so once the champion answers, which must not wait for it. `threads`
+    draw, on a CPU; 0 finds out how many are fastest.
     """
     judges = open_safety(**safety)
     signer = open_signer(Path(keys))
-    loaded = load_model(**model)
+    lineup = Lineup(model, EngineLimits(**limits), VersionSettings(**(versions or {})))
+    parts, row = lineup.champion.parts, warm_up_row(lineup.champion.info)
     if threads:
         torch.set_num_threads(threads)
-    elif loaded.parts.denoiser.device.type == "cpu":
-        settle_threads(lambda: draw(loaded.parts, [_warm_up_row(loaded)]), torch.get_num_threads())
-    return EnginePainter(loaded, EngineLimits(**limits), judges, signer, LateEncoder(clip))
-
-
-def _warm_up_row(model: LoadedModel) -> PictureRequest:
-    return PictureRequest(WARM_UP, steps=2, width_px=model.info["width_px"], height_px=model.info["height_px"])
+    elif parts is not None and parts.denoiser.device.type == "cpu":
+        settle_threads(lambda: draw(parts, [row]), torch.get_num_threads())
+    return EnginePainter(lineup, judges, signer, LateEncoder(clip))
 
 
 def _request(job: Job, start: StartPicture | None) -> DrawRequest:
@@ -276,13 +260,6 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         deadline_s=order.deadline_s,
         partial_images=order.partial_images if order.stream else 0,
     )
-
-
-def _with_kept(job: Job, picture: Image.Image) -> Image.Image:
-    """Put back what a mask keeps of an edited picture: decoding alone would blur it."""
-    if job.upload is None or job.upload.mask is None:
-        return picture
-    return paste_kept(picture, job.upload.picture, job.upload.mask)
 
 
 def _retry_after_s(seconds: float | None) -> int:

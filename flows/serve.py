@@ -79,7 +79,7 @@ def plan(config: Config) -> list[str]:
         f"find models:/{config.name}@{CHAMPION} and check that its weights are those that were promoted",
         f"start Ray with a replica of {config.serve.cpus_per_replica:g} CPU and {config.serve.gpus_per_replica:g} GPU",
         f"draw a first picture, then answer on {config.serve.host}, {port}, until ended",
-        f"look every {config.serve.follow_s:g} s which version is the champion, and load a new one beside the old",
+        f"look every {config.serve.follow_s:g} s which versions are champion and challenger, and load new ones",
     ]
 
 

@@ -19,6 +19,7 @@ from components.models import embedded_clip
 
 FACTS = {"name": "fresco", "model_version": 4, "dataset": "emblems@0123456789ab", "run_id": "fresco-abc", "created": 5}
 READY_LIMIT_S = 200.0
+VERSION_FIELDS = ("challenger_share", "shadow_share", "memory_headroom_bytes")
 
 
 def painter_arguments(
@@ -31,6 +32,7 @@ def painter_arguments(
     return {
         "model": {**model, "facts": {**FACTS, **facts}},
         "limits": {**engine, "max_cached_prompts": limits.max_cached_prompts},
+        "versions": {name: getattr(limits, name) for name in VERSION_FIELDS},
         "safety": {**safety, "options": limits.safety_options},
         "keys": str(keys),
         "clip": str(embedded_clip()),
@@ -62,11 +64,16 @@ def listening(app: Any) -> Iterator[str]:
 
 @contextmanager
 def open_desk(
-    pipeline: Path, folder: Path, limits: ServeSection, follow: Follow | None = None, **more: Any
+    pipeline: Path,
+    folder: Path,
+    limits: ServeSection,
+    follow: Follow | None = None,
+    factory: str = "flows.paint:make_painter",
+    **more: Any,
 ) -> Iterator[Desk]:
     """What the routes draw with, once it is ready: a diffusers directory behind an engine, `folder` as workspace."""
     arguments = painter_arguments(pipeline, folder / "keys", limits, **more)
-    bridge = PainterBridge("flows.paint:make_painter", arguments, follow)
+    bridge = PainterBridge(factory, arguments, follow)
     desk = Desk(bridge, limits, "fresco", folder)
     try:
         wait_for(lambda: bridge.state != "loading")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cluster import capture
-from cluster.capture import SCHEMA, Capture, Served, in_share, open_capture, read_captured, remove_oldest
+from cluster.capture import SCHEMA, Capture, Served, open_capture, read_captured, remove_oldest
 from cluster.placement import ServeSection
 from components.clip_encoder import ClipEncoder
 from components.safety import EMBEDDED_CLIP
@@ -100,14 +100,6 @@ def test_full_queue_drops_and_counts_and_never_blocks(tmp_path: Path) -> None:
     encoder.gate.set()
     kept.close()
     assert kept.counts["written"] == sum(taken) == read_captured(tmp_path).num_rows
-
-
-def test_share_is_the_same_tenth_everywhere() -> None:
-    chosen = [number for number in range(20_000) if in_share(f"req-{number}", 0.1)]
-    # Binomial: mean 2000, standard deviation 42.4; five of those.
-    assert abs(len(chosen) - 2000) < 212
-    assert set(chosen) <= {number for number in range(20_000) if in_share(f"req-{number}", 0.2)}
-    assert not in_share("x", 0) and in_share("x", 1)
 
 
 def test_what_is_outside_the_share_is_not_kept(tmp_path: Path) -> None:

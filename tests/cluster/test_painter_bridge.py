@@ -9,6 +9,7 @@ import threading
 import types
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from cluster.api_errors import ApiError, once
 from cluster.images_schema import ImagesRequest, make_order
 from cluster.painter_bridge import Follow, PainterBridge
-from cluster.painter_contract import Finished, Job, Partial, Receiver
+from cluster.painter_contract import Finished, Job, Partial, Receiver, SwappingError
 from cluster.placement import ServeSection
 from tests.endpoint import wait_for
 
@@ -37,20 +38,34 @@ class HeldPainter:
         self.at_work: dict[str, Receiver] = {}
         self.cancelled: list[str] = []
         self.swapped: list[Mapping[str, Any]] = []
+        self.jobs: list[Job] = []
         self.closed = False
+        self.busy = ""
 
     def warm_up(self) -> None:
         if self.error:
             raise ValueError(self.error)
 
-    def info(self) -> dict[str, Any]:
+    def info(self, version: int | None = None) -> dict[str, Any]:
         return dict(INFO)
+
+    def versions(self) -> list[int]:
+        return [3]
+
+    def swapping(self) -> str:
+        return self.busy
+
+    def numbers(self) -> dict[str, Any]:
+        return {}
 
     def submit(self, job: Job, receive: Receiver) -> None:
         self.entered.set()
         assert self.gate.wait(30)
         if job.request_id == "refused!":
             raise ApiError("not this one")
+        if self.busy:
+            raise SwappingError(self.busy)
+        self.jobs.append(job)
         self.at_work[job.request_id] = receive
 
     def cancel(self, request_id: str) -> bool:
@@ -217,3 +232,60 @@ def test_painter_follows_what_the_resolver_names_and_stays_where_it_cannot(
         wait_for(lambda: held.swapped == [{"model": 2}, {"model": 3}])
         wait_for(lambda: bridge.swap_error == "")
     assert "goes on" in caplog.text
+
+
+async def held_requests(bridge: PainterBridge, *jobs: Job) -> list[asyncio.Task[Any]]:
+    waiting = [asyncio.ensure_future(bridge.submit(one)) for one in jobs]
+    await until(lambda: bridge.numbers()["held_requests"] == len(jobs))
+    return waiting
+
+
+def test_requests_wait_while_the_painter_makes_room_and_go_on_afterwards(
+    bridge: PainterBridge, held: HeldPainter
+) -> None:
+    async def wait() -> None:
+        held.busy = "version 5 needs room"
+        assert bridge.swapping == "version 5 needs room"
+        dated = replace(job("dated"), order=replace(job("dated").order, deadline_s=30.0))
+        waiting = await held_requests(bridge, job("first"), dated)
+        assert held.at_work == {} and not any(one.done() for one in waiting)
+        held.busy = ""
+        for one in waiting:
+            (await one).close()
+        assert {one.request_id for one in held.jobs} == {"first", "dated"}
+        left_s = next(one.order.deadline_s for one in held.jobs if one.request_id == "dated")
+        assert left_s is not None and 0 < left_s < 30.0, "waiting counts"
+
+    run(wait())
+    assert bridge._keys == {} and bridge._held == {}
+
+
+def test_request_that_waits_can_be_cancelled_and_leaves_nothing_behind_when_its_caller_goes(
+    bridge: PainterBridge, held: HeldPainter
+) -> None:
+    async def end() -> None:
+        held.busy = "version 5 needs room"
+        cancelled, left = await held_requests(bridge, job("cancelled", "studio"), job("left"))
+        assert not bridge.cancel("cancelled", "other") and bridge.cancel("cancelled", "studio")
+        with pytest.raises(ApiError, match="was cancelled") as ended:
+            await cancelled
+        assert ended.value.status == 499
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+
+    run(end())
+    assert bridge._keys == {} and bridge._held == {} and held.jobs == []
+
+
+@pytest.mark.parametrize("limit", [{"wait_s": 0.0}, {"most_waiting": 0}])
+def test_request_that_would_wait_too_long_or_beside_too_many_is_told_to_come_again(
+    held: HeldPainter, limit: dict[str, Any]
+) -> None:
+    follow = Follow("held_painter:resolve", {}, every_s=60.0, **limit)
+    with closing(PainterBridge("held_painter:make", {}, follow)) as bridge:
+        wait_for(lambda: bridge.state == "ready")
+        held.busy = "version 5 needs room"
+        with pytest.raises(ApiError, match="version 5 needs room") as refused:
+            run(bridge.submit(job("first")))
+        assert refused.value.status == 503 and refused.value.headers["Retry-After"] and refused.value.code == "swapping"
+        assert bridge._keys == {} and bridge._held == {}

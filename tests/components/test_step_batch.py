@@ -349,6 +349,44 @@ def test_a_version_beside_the_serving_one_draws_for_those_who_name_it_until_it_r
     assert desk.dropped == ["challenger"]
 
 
+def test_a_version_that_was_tried_serves_without_being_loaded_again() -> None:
+    tried = make_tiny("stable_diffusion", seed=1)
+    desk = Desk(make("epsilon"), max_batch_rows=2)
+    desk.engine.load("tried", tried, serve=False)
+    row = picture(RED, seed=3, steps=4)
+    for name, version in (("begun", None), ("waiting", None), ("held", "v1"), ("named", "tried")):
+        desk.ask(name, row, version=version)
+    desk.engine.step()
+    desk.engine.serve("tried")
+    desk.engine.serve("tried")
+    desk.ask("after", row)
+    desk.finish()
+    ends = {name: desk.inbox.end_of(name) for name in ("begun", "waiting", "held", "named", "after")}
+    drawn = {name: end.version for name, end in ends.items() if isinstance(end, Done)}
+    assert drawn == {"begun": "v1", "waiting": "tried", "held": "v1", "named": "tried", "after": "tried"}
+    check_alike(desk.inbox.pictures("waiting"), tried, row)
+    desk.engine.close()
+    assert desk.dropped == ["v1"]
+
+
+def test_pictures_do_not_depend_on_the_default_precision_which_loading_a_model_changes_for_a_moment(
+    desk: Desk, parts: Parts
+) -> None:
+    """diffusers and transformers set it for the whole process while they load a model in bf16."""
+    row = picture(RED, seed=3, guidance_scale=3.3)
+    expected = draw(parts, [row])[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        desk.ask("meanwhile", row)
+        scale_B111 = desk.engine._requests["meanwhile"].prepared[0].scale_B111
+        desk.finish()
+        found = desk.inbox.pictures("meanwhile")[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert difference(found, expected) <= 1
+    assert scale_B111.item() == pytest.approx(3.3, rel=1e-6), "in bf16 it would be 3.297"
+
+
 def test_swaps_under_load_lose_no_request(parts: Parts) -> None:
     """The loop runs in its thread, callers and swaps come from others."""
     desk = Desk(parts)

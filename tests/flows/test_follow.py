@@ -3,7 +3,9 @@
 from typing import Any
 
 from cluster.artifacts import open_workspace, read_json
-from flows.config import Config
+from cluster.champion import set_challenger
+from cluster.registry import Registry
+from flows.config import Config, with_overrides
 from flows.follow import ENDPOINT, Follower, read_wanted
 from flows.models import resolve_model
 from tests.flows.test_serve import set_champion
@@ -50,6 +52,48 @@ def test_champion_that_cannot_be_had_changes_nothing_and_is_told_once(config: Co
     told = capsys.readouterr().err
     assert told.count("the files changed after they were registered") == 1
     assert read_wanted(**follower.follow.arguments) == follower.arguments
+
+
+def test_challenger_is_written_beside_the_champion_where_it_has_a_share(config: Config, make_run, capsys) -> None:
+    workspace, registry = open_workspace(config.workspace), Registry(open_workspace(config.workspace))
+    make_run("fresco-aaa", 0)
+    changed = make_run("fresco-bbb", 1)
+    second = set_champion(config, "fresco-bbb")
+    first = set_champion(config, "fresco-aaa")
+    tried = with_overrides(config, {"serve.shadow_share": 0.5})
+    followers = [Follower(one, workspace, resolve_model(one, "models:/fresco@champion")) for one in (config, tried)]
+    for follower in followers:
+        follower.write_record("http://127.0.0.1:9", 42, first)
+    set_challenger(registry, "fresco", second)
+
+    def challenger(follower: Follower) -> Any:
+        follower.look(status(first))
+        wanted = read_wanted(**follower.follow.arguments) or {}
+        assert wanted["model"]["facts"]["model_version"] == first
+        return wanted["challenger"] and wanted["challenger"]["facts"]["model_version"]
+
+    assert challenger(followers[0]) is None, "no share, no challenger"
+    assert challenger(followers[1]) == second
+    assert capsys.readouterr().err.count(f"the challenger is version {second}") == 1
+    set_challenger(registry, "fresco", None)
+    assert challenger(followers[1]) is None
+    set_challenger(registry, "fresco", first)
+    assert challenger(followers[1]) is None, "the champion is tried beside nobody"
+    weights = changed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    set_challenger(registry, "fresco", second)
+    assert challenger(followers[1]) is None and challenger(followers[1]) is None
+    assert capsys.readouterr().err.count("the files changed after they were registered") == 1
+
+
+def test_swap_that_drains_is_told(config: Config, make_run, capsys) -> None:
+    make_run("fresco-aaa", 0)
+    first = set_champion(config, "fresco-aaa")
+    follower = Follower(config, open_workspace(config.workspace), resolve_model(config, "models:/fresco@champion"))
+    follower.write_record("http://127.0.0.1:9", 42, first)
+    for _ in range(2):
+        follower.look({**status(first), "status": "swapping", "reason": "version 5 needs 9 GiB"})
+    assert capsys.readouterr().err.count("version 5 needs 9 GiB") == 1
 
 
 def test_nothing_written_is_nothing_wanted(tmp_path) -> None:

@@ -154,7 +154,8 @@ def test_twenty_swaps_under_load_fail_no_request_and_each_says_what_drew_it(
         thread.join(60)
     assert problems == [] and set(seen) == {"fresco-aaa", "fresco-bbb"}
     assert painter.engine.counters.failed == painter.engine.counters.cancelled == 0
-    assert list(painter.engine.status().versions) == [painter._name] == list(painter._facts)
+    assert list(painter.engine.status().versions) == [painter.lineup.champion.name] == list(painter.lineup._at_work)
+    assert painter.numbers()["swaps"] == 20 and painter.numbers()["swap_failures"] == 0
 
 
 def test_model_that_cannot_draw_is_not_swapped_in(config: Config, painter: EnginePainter, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_seconds_of_encoding_denoising_and_decoding_grow_and_outlive_the_version
     assert again["encode"] == readings[-1]["encode"] and again["decode"] > readings[-1]["decode"], "texts were at hand"
     make_run("fresco-bbb", 1)
     painter.swap(painter_arguments(config, resolve_model(config, "fresco-bbb"), "cpu"))
-    assert list(painter.engine.status().versions) == [painter._name], "the version that counted is gone"
+    assert list(painter.engine.status().versions) == [painter.lineup.champion.name], "the version that counted is gone"
     assert engine_seconds(painter) == again
 
 
@@ -202,14 +203,14 @@ def test_precision_buckets_and_compiling_come_from_the_config(config: Config, ma
         )
 
     plain = arguments_of()
-    assert (plain["model"]["precision"], plain["model"]["compile_rows"]) == ("auto", ())
-    assert plain["limits"]["row_buckets"] == ()
+    assert (plain["model"]["precision"], plain["model"]["compile_rows"]) == ("auto", [])
+    assert plain["limits"]["row_buckets"] == []
     compiled = arguments_of(compile=True, max_batch_rows=6, precision="bf16")
-    assert compiled["model"]["compile_rows"] == compiled["limits"]["row_buckets"] == (1, 2, 4, 6)
+    assert compiled["model"]["compile_rows"] == compiled["limits"]["row_buckets"] == [1, 2, 4, 6]
     assert compiled["model"]["precision"] == "bf16"
-    assert arguments_of(compile=True, strict=True, max_batch_rows=6)["model"]["compile_rows"] == (6,)
+    assert arguments_of(compile=True, strict=True, max_batch_rows=6)["model"]["compile_rows"] == [6]
     painter = make_painter(**arguments_of(row_buckets=[2, 8], precision="bf16"))
-    assert painter.engine.limits.buckets == (2, 8) and painter.model.parts.denoiser.dtype == torch.bfloat16
+    assert painter.engine.limits.buckets == (2, 8) and painter.lineup.champion.parts.denoiser.dtype == torch.bfloat16
     assert Desk(painter, config).draw(seed=3).facts["run_id"] == "fresco-aaa"
     painter.close()
 

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.request_watch import EndedRequest
+from cluster.role_metrics import RoleTallies
 from cluster.serve_metrics import LABELLED_SUMS, LEVELS, SUMS, ServeMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,9 @@ def exposed() -> dict[str, set[str]]:
     """Every series that a replica can have, with its labels."""
     engine: dict[str, Any] = dict.fromkeys((*SUMS, *LABELLED_SUMS, *LEVELS), 1)
     engine |= {"state": "ready", "versions": {"7": 1}, "model_version": 7, "dataset": "d", "run_id": "r"}
+    tallies = RoleTallies()
+    tallies.done("champion", 1.0)
+    engine |= {"roles": tallies.read(), "role_versions": {"champion": 7}}
     metrics = ServeMetrics("r-1", lambda: engine)
     for gone in (True, False):
         metrics.ended(EndedRequest("id", "POST", "/v1/images/generations", 200, 1.0, "code", gone, 1, 1, 1, "7"))

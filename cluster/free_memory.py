@@ -1,0 +1,67 @@
+"""How much memory may this process still take? The machine's and its control group's, or the GPU's.
+
+A container sees the machine's memory and is ended at its own limit, so the smaller of the two counts. Pages of files
+that the kernel would give back are free. Read from Linux's files (control groups of version 2 and 1); elsewhere the
+machine's memory alone.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+VERSIONS = (
+    ("memory.max", "memory.current", "inactive_file", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "memory"),
+)
+"""Files with limit and usage, the line of memory.stat that can be given back, the folder under the root: v2, v1."""
+
+
+def free_bytes(device: str) -> int:
+    """Return what can still be taken on `cpu`, or on the current GPU for `cuda`, torch's own reserve included."""
+    if device == "cpu":
+        return free_host_bytes()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+def free_host_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
+    """Return the smallest of the machine's available memory and what each control group above this process leaves."""
+    return min([int(psutil.virtual_memory().available), *_left_in_groups(cgroups, own)])
+
+
+def _left_in_groups(cgroups: Path, own: Path) -> Iterator[int]:
+    for limit, usage, reclaimable, root in VERSIONS:
+        for folder in _folders(cgroups / root, own, root):
+            try:
+                most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                given_back = _line(folder / "memory.stat", reclaimable)
+            except (OSError, ValueError):  # no such group, or another version of them
+                continue
+            if most != "max":
+                yield max(0, int(most) - used + given_back)
+
+
+def _folders(root: Path, own: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's group and of those around it; in a container its own group is the root."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    names = [line[2] for line in lines if len(line) == 3 and controller in line[1].split(",")]
+    folder = root / (names[0].strip("/") if names else "")
+    while folder != root and root in folder.parents:
+        yield folder
+        folder = folder.parent
+    yield root
+
+
+def _line(stat: Path, name: str) -> int:
+    for line in stat.read_text().splitlines():
+        if line.startswith(f"{name} "):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,75 @@
+"""From a drawn picture to what is handed out: judged, retouched, encoded, signed.
+
+Takes time, so it runs in the thread that takes an event, never in the engine's. Files say what drew them and never what
+was asked.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from PIL import Image
+
+from cluster.api_errors import refused_content
+from cluster.painter_contract import Finished, Job, Partial
+from cluster.role_metrics import Role, RoleTallies
+from components.picture_statistics import picture_statistics
+from components.provenance import encode
+from components.retouch import retouch
+from components.safety import Safety
+from components.signing_key import Signer
+from components.start_pictures import paste_kept
+
+FACTS = ("model_version", "dataset", "run_id")
+"""What every picture says of the weights that drew it."""
+
+
+class Finisher:
+    """Makes files of pictures, and counts in `tallies` what they look like."""
+
+    def __init__(self, safety: Safety, signer: Signer, tallies: RoleTallies) -> None:
+        self._safety, self._signer, self._tallies = safety, signer, tallies
+
+    def judge(self, job: Job) -> None:
+        """Refuse what the safety stage does not let through; ApiError names the category."""
+        decision = self._safety.check_prompt(job.order.rows[0]["prompt"])
+        if not decision.allowed:
+            raise refused_content(decision.category)
+        for decision in self._safety.check_pictures([job.upload.picture] if job.upload else []):
+            if not decision.allowed:
+                raise refused_content(decision.category, "image")
+
+    def finish(self, job: Job, pictures: Sequence[Image.Image], info: Mapping[str, Any], role: Role) -> Finished:
+        """Make the files of a request that was drawn; `info` is that of the weights that drew it."""
+        pictures = [_with_kept(job, picture) for picture in pictures]
+        for picture in pictures:
+            self._tallies.picture(role, asdict(picture_statistics(picture)))
+        for decision in self._safety.check_pictures(pictures):
+            if not decision.allowed:
+                raise refused_content(decision.category)
+        facts = {key: info.get(key) for key in FACTS}
+        shown = [retouch(picture, job.order.postprocess) for picture in pictures]
+        contents = tuple(self._file(job, row, picture, facts) for row, picture in enumerate(shown))
+        return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures)
+
+    def show(self, job: Job, row: int, index: int, picture: Image.Image) -> Partial | None:
+        """Make the file of an unfinished picture; None where it should not be seen."""
+        picture = _with_kept(job, picture)
+        if not self._safety.check_pictures([picture])[0].allowed:
+            return None  # the finished picture is judged by itself
+        return Partial(row, index, self._file(job, row, picture, {}))
+
+    def _file(self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
+        order, row = job.order, job.order.rows[index]
+        drawn_as = {key: row[key] for key in ("seed", "steps", "guidance_scale")}
+        every = {**facts, "request_id": job.request_id, **drawn_as}
+        if order.postprocess:
+            every["postprocess"] = ", ".join(order.postprocess)
+        return encode(picture, order.output_format, order.quality, every, self._signer)
+
+
+def _with_kept(job: Job, picture: Image.Image) -> Image.Image:
+    """Put back what a mask keeps of an edited picture: decoding alone would blur it."""
+    if job.upload is None or job.upload.mask is None:
+        return picture
+    return paste_kept(picture, job.upload.picture, job.upload.mask)
