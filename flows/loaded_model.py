@@ -3,6 +3,7 @@
 What travels to a replica are plain values (`model_arguments`); `load_model` makes the model of them there.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from components.models import Parts
 
 SIZE_MULTIPLE_PX = 8
+"""Widths and heights are multiples of it at least, whatever smaller steps a model could draw."""
 MIN_SIDE_PX = 16
 
 
@@ -81,7 +83,7 @@ def load_model(
     """Load a diffusers directory; `resolution_px` 0 takes the size its denoiser was made for, if it says one."""
     import torch
 
-    from components.models import latent_factor, load_parts
+    from components.models import family_named, latent_factor, load_parts
     from components.solvers import DIFFUSION_SOLVERS, FLOW_SOLVERS
 
     # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
@@ -90,10 +92,11 @@ def load_model(
     made_for = getattr(parts.denoiser.config, "sample_size", None)
     made_for_px = made_for * latent_factor(parts) if isinstance(made_for, int) else fallback_px
     side_px = resolution_px or made_for_px
+    patch_px = latent_factor(parts) * family_named(parts.family).PATCH_CELLS
     sizes = {
         "width_px": side_px,
         "height_px": side_px,
-        "size_multiple_px": SIZE_MULTIPLE_PX,
+        "size_multiple_px": math.lcm(SIZE_MULTIPLE_PX, patch_px),
         "min_side_px": MIN_SIDE_PX,
     }
     solvers = FLOW_SOLVERS if parts.prediction == "flow" else DIFFUSION_SOLVERS
