@@ -101,8 +101,10 @@ class StepLoop:
         if not self._groups:
             return Room.YES
         group = self._groups.get(_group_name(row))
-        if group is not None and group.call_rows + row.call_rows > self.limits.max_batch_rows:
-            return Room.BATCH_FULL
+        if group is not None:
+            most = min(self.limits.max_batch_rows, group.most_call_rows or self.limits.max_batch_rows)
+            if group.call_rows + row.call_rows > most:
+                return Room.BATCH_FULL
         live_pixels = sum(own.pixels for other in self._groups.values() for own in other.rows)
         return Room.YES if live_pixels + row.pixels <= self.limits.max_live_pixels else Room.NO_MEMORY
 
@@ -180,11 +182,10 @@ def _outcome(group: Group, failed: dict[AcceptedRequest, Exception]) -> StepOutc
     """Count the step on every row and sort them by what happens to them next."""
     outcome = StepOutcome(failed=failed)
     for place, row in enumerate(group.rows):
-        assert group.batch is not None
         row.step += 1
         outcome.moved.append(row)
         if not row.steps_left:
-            outcome.final.append((row, group.batch.latents_BCHW[place]))
+            outcome.final.append((row, group.latents_at(place)))
         elif row.step in row.partial_steps:
-            outcome.partial.append((row, group.batch.clean_BCHW[place]))
+            outcome.partial.append((row, group.clean_at(place)))
     return outcome
