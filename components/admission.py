@@ -79,19 +79,19 @@ class FairQueue(Generic[Row]):
     def __iter__(self) -> Iterator[Row]:
         return (entry.row for flow in self._flows.values() for entry in flow.entries)
 
-    def push(self, rows: Sequence[Row], rate: float | None = None) -> None:
+    def push(self, rows: Sequence[Row], backlog: int = 0, backlog_s: float | None = None) -> None:
         """Let a request's rows wait, all or none; QueueFullError says how long the backlog is.
 
-        `rate` is the measured speed in pixel-steps a second, None before anything was measured.
+        `backlog` are the pixel-steps still to be made, of rows at work too, and `backlog_s` the seconds they will
+        take, None before anything was measured.
         """
         if self._num_rows + len(rows) > self.max_rows:
-            seconds = None if not rate else self.pixel_steps / rate
-            known = "at a speed not measured yet" if seconds is None else f"about {seconds:.1f} s"
+            known = "at a speed not measured yet" if backlog_s is None else f"about {backlog_s:.1f} s"
             error = QueueFullError(
                 f"queue expected room for {len(rows)} pictures, found {self._num_rows} of {self.max_rows} waiting"
-                f" ({self.pixel_steps} pixel-steps, {known}); send it again later"
+                f" ({backlog} pixel-steps, {known}); send it again later"
             )
-            error.retry_after_s = seconds
+            error.retry_after_s = backlog_s
             raise error
         for row in rows:
             flow = self._flows.setdefault((row.key, row.shape), _Flow())

@@ -48,6 +48,9 @@ class AcceptedRequest:
         limit_s = self.request.deadline_s
         return None if limit_s is None else self.accepted_at + limit_s
 
+    def is_late(self, now: float) -> bool:
+        return self.deadline is not None and now > self.deadline
+
     @property
     def steps_left(self) -> int:
         return sum(row.steps_left for row in self.rows)

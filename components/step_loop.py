@@ -9,7 +9,7 @@ Shape letters: B rows, C channels, H, W latent height and width.
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from components.admission import FairQueue, FairShares, Room, StepTimes
+from components.decode_stage import DecodeStage
 from components.engine_status import EngineCounters, EngineLimits
-from components.errors import DeadlineError
+from components.errors import DeadlineError, InputError
 from components.live_rows import AcceptedRequest, Group, LiveRow
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -39,8 +40,9 @@ class StepOutcome:
 class StepLoop:
     """The rows that wait and the groups of rows at work."""
 
-    def __init__(self, limits: EngineLimits, lock: threading.Condition) -> None:
-        self.limits = limits
+    def __init__(self, limits: EngineLimits, lock: threading.Condition, decoder: DecodeStage) -> None:
+        """`decoder` is asked how much waits there: no row starts while it is far behind."""
+        self.limits, self._decoder = limits, decoder
         self.queue: FairQueue[LiveRow] = FairQueue(limits.max_waiting_rows)
         self.times = StepTimes()
         self._lock = lock
@@ -53,6 +55,11 @@ class StepLoop:
         return bool(self._groups) or len(self.queue) > 0
 
     @property
+    def can_step(self) -> bool:
+        """Whether a row is at work or may start; the decoder may keep those that wait waiting."""
+        return bool(self._groups) or (len(self.queue) > 0 and not self._decoder.full)
+
+    @property
     def num_rows(self) -> int:
         return sum(len(group.rows) for group in self._groups.values())
 
@@ -62,13 +69,28 @@ class StepLoop:
         live = (row for group in self._groups.values() for row in group.rows)
         return self.queue.pixel_steps + sum(row.step_pixels * row.steps_left for row in live)
 
-    def check_deadline(self, accepted: AcceptedRequest, decode_s: float) -> None:
-        """Under the lock: DeadlineError with the numbers when the measured speed says that a new request comes late."""
+    @property
+    def backlog_s(self) -> float | None:
+        """Seconds of that at the measured speed and of what waits to be decoded; None before anything was measured."""
+        rate = self.times.rate
+        return None if rate is None else self.backlog_pixel_steps / rate + self._decoder.expected_s()
+
+    def accept(self, accepted: AcceptedRequest) -> None:
+        """Under the lock: let a request's rows wait; InputError, DeadlineError or QueueFullError if they cannot."""
+        largest = max(row.pixels for row in accepted.rows)
+        if largest > self.limits.max_live_pixels:
+            raise InputError(
+                f"picture expected at most {self.limits.max_live_pixels} pixels (max_live_pixels), found {largest}"
+            )
+        self._check_deadline(accepted)
+        self.queue.push(accepted.rows, self.backlog_pixel_steps, self.backlog_s)
+
+    def _check_deadline(self, accepted: AcceptedRequest) -> None:
         limit_s = accepted.request.deadline_s
         expected = None if limit_s is None else self.expected_s(accepted)
         if limit_s is None or expected is None:
             return
-        waiting_s, drawing_s = expected[0], expected[1] + decode_s
+        waiting_s, drawing_s = expected[0], expected[1] + self._decoder.expected_s(len(accepted.rows))
         if waiting_s + drawing_s > limit_s:
             raise DeadlineError(
                 f"deadline_s expected at least {waiting_s + drawing_s:.2f} at the measured speed ({waiting_s:.2f} s"
@@ -108,17 +130,17 @@ class StepLoop:
         live_pixels = sum(own.pixels for other in self._groups.values() for own in other.rows)
         return Room.YES if live_pixels + row.pixels <= self.limits.max_live_pixels else Room.NO_MEMORY
 
-    def change_rows(self, now: float) -> list[AcceptedRequest]:
-        """Drop rows of requests that ended, start waiting ones; returns those that miss their deadline."""
-        with self._lock, torch.inference_mode():
+    def change_rows(self, now: float, requests: Iterable[AcceptedRequest]) -> list[AcceptedRequest]:
+        """Drop rows of requests that ended, start waiting ones; returns the `requests` that miss their deadline."""
+        with self._lock:
             for name, group in list(self._groups.items()):
                 group.keep([place for place, row in enumerate(group.rows) if not row.owner.ended])
                 if not group.rows:
                     del self._groups[name]
-            late = {row.owner: None for row in self.queue if self._is_late(row, now)}
-            late |= {row.owner: None for g in self._groups.values() for row in g.rows if self._is_late(row, now)}
+            late = {row.owner: None for row in self.queue if self._is_hopeless(row, now)}
+            late |= {accepted: None for accepted in requests if accepted.is_late(now)}
             strict_rows = self.limits.max_batch_rows if self.limits.strict else None
-            while (row := self.queue.take(self.room)) is not None:
+            while not self._decoder.full and (row := self.queue.take(self.room)) is not None:
                 if row.owner.started_at is None:
                     row.owner.started_at = now
                 name = _group_name(row)
@@ -127,14 +149,12 @@ class StepLoop:
                 self._groups[name].add(row)
             return list(late)
 
-    def _is_late(self, row: LiveRow, now: float) -> bool:
-        """Whether its time is over, or for a row that has not begun: too short even if it were drawn alone."""
+    def _is_hopeless(self, row: LiveRow, now: float) -> bool:
+        """Whether the time left is too short for a row that has not begun, even if it were drawn alone."""
         deadline = row.owner.deadline
-        if deadline is None:
+        if deadline is None or row.owner.started_at is not None:
             return False
-        begun = row.owner.started_at is not None
-        step_s = None if begun else self.times.seconds(row.shape, row.step_pixels)
-        return now + row.steps_left * (step_s or 0.0) > deadline
+        return now + row.steps_left * (self.times.seconds(row.shape, row.step_pixels) or 0.0) > deadline
 
     @torch.inference_mode()
     def step(self, counters: EngineCounters) -> StepOutcome:

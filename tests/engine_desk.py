@@ -66,7 +66,8 @@ class Desk:
         self.engine.submit(DrawRequest(request_id, rows, **options), self.inbox, version)
 
     def finish(self) -> None:
-        while self.engine.step():
+        # Rows that wait for the decoder make no step, and are not finished.
+        while self.engine.step() or self.engine._loop.busy:
             pass
 
 

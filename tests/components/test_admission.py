@@ -93,7 +93,7 @@ def test_a_bounded_queue_takes_all_or_nothing_and_says_how_long_it_is() -> None:
     with pytest.raises(
         QueueFullError, match=r"room for 2 pictures, found 2 of 3 waiting \(20 pixel-steps, about 4\.0 s"
     ):
-        queue.push([Row(), Row()], rate=5.0)
+        queue.push([Row(), Row()], backlog=20, backlog_s=4.0)
     assert len(queue) == 2 and queue.pixel_steps == 20
     queue.push([Row()])
     with pytest.raises(QueueFullError, match="at a speed not measured yet") as told:

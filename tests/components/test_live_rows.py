@@ -48,11 +48,11 @@ def test_rows_that_leave_while_others_wait_for_their_first_step_change_no_pictur
         desk.engine.step()
     desk.ask("new", rows["new"])
     desk.ask("newer", rows["newer"])
-    desk.engine._loop.change_rows(0.0)
+    desk.engine._loop.change_rows(0.0, [])
     gone = {"old", "new"} if leaves == "both" else {leaves}
     for name in gone:
         desk.engine.cancel(name)
-    desk.engine._loop.change_rows(0.0)
+    desk.engine._loop.change_rows(0.0, [])
     desk.finish()
     for name in rows:
         end = desk.inbox.end_of(name)

@@ -304,7 +304,7 @@ def test_a_fault_of_the_loop_fails_every_request_and_shows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     desk = Desk(make("epsilon"))
-    monkeypatch.setattr(desk.engine._loop, "change_rows", lambda now: 1 / 0)
+    monkeypatch.setattr(desk.engine._loop, "change_rows", lambda now, requests: 1 / 0)
     desk.ask("r", picture())
     desk.engine.start()
     end = desk.inbox.end_of("r")
