@@ -114,10 +114,6 @@ class Group:
     def step_pixels(self) -> int:
         return sum(row.step_pixels for row in self.rows)
 
-    @property
-    def weight(self) -> float:
-        return sum(row.weight for row in self.rows)
-
     def add(self, row: LiveRow) -> None:
         """Let a row join before the next step."""
         self.rows.append(row)

@@ -7,23 +7,19 @@ Shape letters: B rows, C channels, H, W latent height and width.
 """
 
 import threading
-import time
-from collections import deque
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.admission import FairQueue, FairShares, Room, StepTimes
+from components.admission import FairQueue, FairShares, Room
 from components.decode_stage import DecodeStage
 from components.engine_status import EngineCounters, EngineLimits
 from components.errors import DeadlineError, InputError
 from components.live_rows import AcceptedRequest, Group, LiveRow
-
-MAX_STEPS_IN_FLIGHT = 2
-"""On a GPU the host may run ahead of the device by so many steps: enough to keep it busy, few enough to cancel soon."""
+from components.step_times import StepTimer, StepTimes
 
 
 @dataclass
@@ -48,7 +44,7 @@ class StepLoop:
         self._lock = lock
         self._groups: dict[Hashable, Group] = {}
         self._shares = FairShares()
-        self._in_flight: deque[Any] = deque()
+        self._timer = StepTimer()
 
     @property
     def busy(self) -> bool:
@@ -109,14 +105,26 @@ class StepLoop:
         step_s = self.times.seconds(row.shape, min(own_pixels + (mates.step_pixels if mates else 0), full_pixels))
         if step_s is None:
             return None
-        rest = sum(group.weight for group in self._groups.values() if group is not mates)
-        weight = accepted.request.priority + (mates.weight if mates else 0.0)
-        drawing_s = row.steps_left * step_s * (weight + rest) / weight
+        weights = self._weights(accepted)
+        drawing_s = row.steps_left * step_s * sum(weights.values()) / weights[_group_name(row)]
         if self.room(row) is Room.YES and not len(self.queue):
             return 0.0, drawing_s
         before = self.queue.pixel_steps_before(row)
         slot_s = min((mate.steps_left for mate in mates.rows), default=0) * step_s if mates else 0.0
         return before / (self.times.rate or 1.0) + slot_s, drawing_s
+
+    def _weights(self, newcomer: AcceptedRequest | None = None) -> dict[Hashable, float]:
+        """Return each group's share of the steps, a newcomer's among them.
+
+        A key has its priority, split between its requests at work and again between the rows of each.
+        """
+        rows = [(name, row) for name, group in self._groups.items() for row in group.rows]
+        rows += [(_group_name(row), row) for row in newcomer.rows] if newcomer is not None else []
+        requests = Counter(owner.request.key for owner in {row.owner for _, row in rows})
+        weights: dict[Hashable, float] = {}
+        for name, row in rows:
+            weights[name] = weights.get(name, 0.0) + row.weight / requests[row.key]
+        return weights
 
     def room(self, row: LiveRow) -> Room:
         """Whether a row fits beside those at work; alone it always does."""
@@ -160,38 +168,29 @@ class StepLoop:
     def step(self, counters: EngineCounters) -> StepOutcome:
         """Make one step of the group that was served least; an empty outcome when no row is at work."""
         with self._lock:
-            weights = {name: group.weight for name, group in self._groups.items()}
-            if not weights:
+            if not self._groups:
                 return StepOutcome()
+            weights = self._weights()
             name = self._shares.next(weights)
             group = self._groups[name]
             shape, pixels, call_rows = group.rows[0].shape, group.step_pixels, group.call_rows
-        start = time.perf_counter()
+        device = group.version.device
+        self._timer.begin(device)
         failed = group.advance()
-        self._pace(group.version.device)
-        seconds = time.perf_counter() - start
+        timed = self._timer.end(device, shape, pixels)
         with self._lock:
             self._shares.charge(name, pixels, weights[name])
-            self.times.observe(shape, pixels, seconds)
+            for step in timed:
+                self.times.observe(step.shape, step.pixel_steps, step.seconds)
+                counters.stepping_s += step.seconds
             counters.steps += 1
             counters.call_rows += call_rows
             counters.row_steps += len(group.rows)
-            counters.stepping_s += seconds
             outcome = _outcome(group, failed)
             group.keep([place for place, row in enumerate(group.rows) if row.steps_left])
             if not group.rows:
                 del self._groups[name]
             return outcome
-
-    def _pace(self, device: torch.device) -> None:
-        """On a GPU, wait for the step before last, so that the host does not queue up work nobody can cancel."""
-        if device.type != "cuda":
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._in_flight.append(event)
-        if len(self._in_flight) > MAX_STEPS_IN_FLIGHT:
-            self._in_flight.popleft().synchronize()
 
 
 def _group_name(row: LiveRow) -> Hashable:

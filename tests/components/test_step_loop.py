@@ -169,3 +169,37 @@ def test_a_fault_of_the_decoding_thread_fails_every_request_and_shows(parts: Par
     assert isinstance(end, Failed) and isinstance(end.error, KeyError)
     assert desk.engine.broken is end.error
     desk.engine.close()
+
+
+def made_by_key(desk: Desk) -> dict[str, int]:
+    made: dict[str, int] = {}
+    for group in desk.engine._loop._groups.values():
+        for row in group.rows:
+            made[row.key] = made.get(row.key, 0) + row.step * row.step_pixels
+    return made
+
+
+def test_many_requests_of_one_key_leave_half_of_the_steps_to_another_key(parts: Parts) -> None:
+    desk = Desk(parts)
+    for number in range(16):
+        desk.ask(f"small {number}", picture(steps=99, guidance_scale=0.0, seed=number), key="many")
+    desk.ask("large", picture(steps=99, guidance_scale=0.0, width_px=32, height_px=32), key="one")
+    for _ in range(40):
+        desk.engine.step()
+    made = made_by_key(desk)
+    assert made["one"] == pytest.approx(made["many"], rel=0.15)
+    desk.engine.close(drain=False)
+
+
+def test_a_keys_priority_is_its_share_of_the_steps_whatever_it_asks(parts: Parts) -> None:
+    desk = Desk(parts)
+    for number in range(4):
+        desk.ask(f"a {number}", picture(steps=99, guidance_scale=0.0, seed=number), key="a")
+    for number in range(2):
+        row = picture(steps=99, guidance_scale=0.0, seed=number, width_px=32)
+        desk.ask(f"b {number}", row, key="b", priority=3.0)
+    for _ in range(60):
+        desk.engine.step()
+    made = made_by_key(desk)
+    assert made["b"] == pytest.approx(3 * made["a"], rel=0.15)
+    desk.engine.close(drain=False)
