@@ -19,7 +19,7 @@ MOST_DIFFERENCE = 1
 
 @dataclass(frozen=True)
 class Kill:
-    """A replica that was ended with SIGKILL, and when the endpoint was ready again (None: never)."""
+    """A replica that was ended with SIGKILL, and when another one was ready in its place (None: never)."""
 
     at: float
     ready_at: float | None
