@@ -2,7 +2,9 @@
 
 The same mixed requests on the embedded base for both (steps 8 to 40, guidance 1 to 7, every eighth with n = 4), taking
 turns in one process; then the seconds of one step by its number of rows. `python benchmarks/engine.py --threads 2`.
-On a machine with other work, read the CPU seconds of `--threads 1`: they do not count the others' time.
+On a machine with other work, read the CPU seconds of `--threads 1`: they do not count the others' time. Where there is
+a GPU, a Stable-Diffusion-1.5-sized model follows (`engine_large.py`), with `--compile` also compiled. `--tiny` shows in
+seconds that all of it runs, on the CPU.
 """
 
 import argparse
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from PIL import Image
 
+from benchmarks import engine_large
 from components.draw_requests import Done, DrawRequest, Event
 from components.emblems import example
 from components.engine_status import EngineLimits
@@ -90,15 +93,7 @@ def step_times(parts: Parts, rows_per_step: list[int], repeats: int) -> None:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-batch-rows", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+def compare_with_pipeline(asked: argparse.Namespace) -> None:
     parts = load_parts(embedded_base())
     pipeline = family_named(parts.family).make_pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
@@ -135,7 +130,29 @@ def main() -> None:
         f" {1e3 * engine.status().decode_s:.1f} ms a picture"
     )
     engine.close()
-    step_times(parts, [1, 2, 4, 8, 16, 32], asked.repeats)
+    step_times(parts, [1, 2] if asked.tiny else [1, 2, 4, 8, 16, 32], asked.repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-batch-rows", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="measure the large model compiled too")
+    parser.add_argument("--tiny", action="store_true", help="as little of everything as shows that it runs")
+    asked = parser.parse_args()
+    if asked.tiny:
+        asked.requests, asked.rounds, asked.repeats = 1, 1, 1
+    torch.set_num_threads(asked.threads)
+    compare_with_pipeline(asked)
+    if asked.tiny:
+        engine_large.measure(engine_large.TINY, asked.compile)
+    elif torch.cuda.is_available():
+        engine_large.measure(engine_large.LARGE, asked.compile)
+    else:
+        print("Stable-Diffusion-1.5-sized model at 512 px in bf16: not run, this machine has no CUDA device")
 
 
 if __name__ == "__main__":

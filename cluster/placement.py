@@ -6,7 +6,7 @@ Light on purpose: importing it costs no torch and no ray.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -57,13 +57,27 @@ class ServeSection(Section):
     max_guidance_scale: float = Field(30.0, gt=0)
     max_side_px: int = Field(512, ge=8)
     max_queue: int = Field(64, ge=1)
-    """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After."""
+    """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After.
+
+    With API keys, a key that has pictures waiting holds at most its share by priority of a queue that is more than half
+    full, one share being left for a key that has none.
+    """
     max_batch_rows: int = Field(64, ge=2)
     """Denoiser rows of one step, of all requests together; a guided picture needs two."""
+    max_live_pixels: int = Field(64 * 1024 * 1024, ge=64)
+    """Pixels of all pictures at work, whatever their sizes; more wait. Lower it where steps run out of memory."""
     max_cached_prompts: int = Field(1024, ge=0)
     """Prompts whose text states are kept, so that a repeated prompt is not encoded again."""
+    max_cached_text_bytes: int = Field(512 * 1024 * 1024, ge=0)
+    """Of those states; Z-Image's take 2.6 MB a prompt. Two versions are loaded during a swap, each with its own."""
     strict: bool = False
     """Draw in calls of one fixed size: the same bits in any company, at the price of a full call for every step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of denoiser and text encoder; auto: fp32 on the CPU, bf16 on a GPU. The autoencoder is always fp32."""
+    row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
+    compile: bool = False
+    """Compile the denoiser for every bucket at the model's own size before it serves; without any, 1, 2, 4 ..."""
     blocklist_file: str = ""
     """Text file of words and phrases, by [category]; a prompt that says one is refused. Empty refuses none."""
     safety_classifier: str = ""
@@ -144,6 +158,38 @@ class ServeSection(Section):
                 " largest request could never wait; raise max_queue or lower max_images"
             )
         return self
+
+    @model_validator(mode="after")
+    def _largest_picture_can_be_drawn(self) -> "ServeSection":
+        if self.max_live_pixels < self.max_side_px**2:
+            raise ValueError(
+                f"serve.max_live_pixels expected at least {self.max_side_px**2}, the pixels of the largest picture"
+                f" (serve.max_side_px), found {self.max_live_pixels}; raise it or lower max_side_px"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _buckets_are_call_sizes(self) -> "ServeSection":
+        sizes = self.row_buckets
+        if sorted(set(sizes)) != list(sizes) or (sizes and sizes[-1] > self.max_batch_rows):
+            raise ValueError(
+                f"serve.row_buckets expected different numbers of rows up to serve.max_batch_rows"
+                f" ({self.max_batch_rows}), the smallest first, found {list(sizes)}"
+            )
+        if sizes and self.strict:
+            raise ValueError(
+                f"serve.row_buckets expected to be empty with serve.strict, whose calls all have max_batch_rows rows,"
+                f" found {list(sizes)}; choose one of the two"
+            )
+        return self
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The row buckets, where compiling takes powers of two by itself those; strict mode needs none."""
+        if self.row_buckets or self.strict or not self.compile:
+            return self.row_buckets
+        powers = (2**exponent for exponent in range(self.max_batch_rows.bit_length()))
+        return tuple(sorted({*powers, self.max_batch_rows}))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ LEVELS = {
     "backlog_s": ("fresco_backlog_seconds", "The same at the measured speed"),
     "rate": ("fresco_pixel_steps_per_second", "Measured speed of the denoiser"),
     "decode_s": ("fresco_decode_picture_seconds", "Seconds to decode one picture, smoothed"),
+    "compiled_shapes": ("fresco_compiled_shapes", "Denoiser call shapes with compiled code, of the newest version"),
 }
 """Key -> name and help of a gauge."""
 INFO = ("model_version", "dataset", "run_id")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from components.draw_requests import Cancelled, Done, Failed
+from components.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,34 @@ class EngineLimits:
     max_batch_rows: int = 64
     """Denoiser rows of one step; a guided picture needs two. On a CPU core 64 make 11 % more rows a second than 32."""
     max_live_pixels: int = 64 * 1024 * 1024
-    """Pixels of all pictures at work, of any size: the bound on memory."""
+    """Pixels of all pictures at work, of any size: what bounds the memory of steps, but not of what waits."""
     max_waiting_rows: int = 256
     """Pictures that may wait before requests are refused."""
     max_cached_prompts: int = 1024
     """Prompts whose text states are kept, for each version."""
+    max_cached_text_bytes: int = 512 * 1024 * 1024
+    """Of those states, for each version; the prompts used last are kept."""
     strict: bool = False
     """Every call has `max_batch_rows` rows: bit-identical pictures, at the price of a full call for every step."""
+    row_buckets: tuple[int, ...] = ()
+    """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
+
+    def check(self) -> None:
+        """Raise InputError for limits that no engine can keep."""
+        if self.max_batch_rows < 2:
+            raise InputError(f"max_batch_rows expected at least 2, found {self.max_batch_rows}: guidance needs two")
+        sizes = self.row_buckets
+        in_order = all(1 <= size <= self.max_batch_rows for size in sizes) and sorted(set(sizes)) == list(sizes)
+        if not in_order or (sizes and self.strict):
+            raise InputError(
+                f"row_buckets expected different numbers from 1 to max_batch_rows ({self.max_batch_rows}), the smallest"
+                f" first, and none in strict mode (which has one size), found {sizes}, strict {self.strict}"
+            )
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Sizes of denoiser calls; strict mode is the case of a single one."""
+        return (self.max_batch_rows,) if self.strict else self.row_buckets
 
 
 @dataclass
@@ -28,7 +50,7 @@ class EngineCounters:
     steps: int = 0
     row_steps: int = 0
     call_rows: int = 0
-    """Rows of all denoiser calls, without strict mode's spare ones."""
+    """Rows of all denoiser calls, without the spare ones that fill a bucket."""
     stepping_s: float = 0.0
     done: int = 0
     failed: int = 0
@@ -60,5 +82,11 @@ class EngineStatus:
     """Requests of each loaded version."""
     text_hits: int
     text_misses: int
+    encoding_s: float
+    """Seconds in which prompts were encoded since the start, of all threads together."""
+    decoding_s: float
+    """Seconds in which latents became pictures since the start."""
     decode_s: float
-    """Seconds to decode a picture."""
+    """Seconds to decode a picture, over the last ones."""
+    compiled_shapes: int
+    """Shapes of denoiser calls for which the newest version has compiled code."""

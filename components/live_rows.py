@@ -93,8 +93,9 @@ class Group:
     Rows come and go under the engine's lock by bookkeeping alone; the tensors follow in `advance`, without it.
     """
 
-    def __init__(self, version: Version, strict_rows: int | None) -> None:
-        self.version, self.strict_rows = version, strict_rows
+    def __init__(self, version: Version, buckets: tuple[int, ...]) -> None:
+        """`buckets`: see `row_batch.make_plan`."""
+        self.version, self.buckets = version, buckets
         self.rows: list[LiveRow] = []
         """Those that have joined the batch, then those that join with the next step."""
         self.batch: RowBatch | None = None
@@ -203,7 +204,7 @@ class Group:
     def _stepped(self, places: list[int]) -> RowBatch:
         batch = self._select([self._places[place] for place in places])
         plan = self._plan if batch is self.batch else None
-        plan = plan or make_plan(batch, self.strict_rows)
+        plan = plan or make_plan(batch, self.buckets)
         if batch is self.batch:
             self._plan = plan
         return step_rows(batch, plan, self.version.predict, self.version.family.guide)

@@ -9,7 +9,7 @@ Shape letters: B batch, C channels, H, W latent height and width, L tokens, D wi
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +36,8 @@ class Parts:
     denoiser: Any = None
     vae: Any = None
     scheduler: Any = None
+    compiled: Any = None
+    """The denoiser compiled for some shapes of calls (`components.compiled`), beside the plain one."""
 
     def with_modules(self, **modules: Any) -> "Parts":
         return replace(self, **modules)
@@ -50,10 +52,11 @@ class TextStates:
     num_tokens: tuple[int, ...] | None = None
     """Tokens that count in each row, where they come first and the host knows it: no look at the mask is needed."""
 
-    def rows(self, index: Any) -> "TextStates":
-        known = self.num_tokens if isinstance(index, list) else None
-        num_tokens = None if known is None else tuple(known[i] for i in index)
-        return TextStates(self.states_BLD[index], self.mask_BL[index], num_tokens)
+    def rows(self, rows: Sequence[int]) -> "TextStates":
+        """Return the rows at these places, in this order."""
+        chosen, known = places_on(self.states_BLD.device, rows), self.num_tokens
+        num_tokens = None if known is None else tuple(known[row] for row in rows)
+        return TextStates(self.states_BLD[chosen], self.mask_BL[chosen], num_tokens)
 
     def cat(self, other: "TextStates") -> "TextStates":
         unknown = self.num_tokens is None or other.num_tokens is None
@@ -71,6 +74,12 @@ class TextStates:
         if not torch.equal(first_BL, self.mask_BL):
             return self
         return TextStates(self.states_BLD, self.mask_BL, tuple(count_B.tolist()))
+
+
+def places_on(device: torch.device, rows: Sequence[int]) -> Tensor:
+    """Return int64 indexes on a device without waiting for it: a plain copy would wait for all steps under way."""
+    places = torch.tensor(rows, dtype=torch.int64)
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
 
 
 def embedded_base() -> Path:

@@ -1,9 +1,9 @@
 """Rows that make their steps together: stacked tensors that rows join and leave, and one step for all of them.
 
 A batch is a value: a step, a join or a selection returns a new one. Which rows are guided and how many tokens they have
-is known on the host, so a step is tensor arithmetic alone and never waits for the device. In strict mode every denoiser
-call has the same number of rows (spare ones are copies) and rows of one text length class, so a row's arithmetic is the
-same to the last bit whoever its neighbours are.
+is known on the host, so a step is tensor arithmetic alone and never waits for the device. With row buckets a denoiser
+call has one of few numbers of rows (spare ones are copies) and rows of one text length class: a compiled denoiser sees
+few shapes. One bucket is strict mode: a row's arithmetic is the same to the last bit whoever its neighbours are.
 
 Shape letters: B rows, G guided rows, S steps, K columns of a table, C channels, H, W latent height and width.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.models import TextStates
+from components.models import TextStates, places_on
 from components.sampler import Predict
 from components.solvers import NEXT_SIGNAL, NEXT_SPREAD, TIMESTEP, advance, columns_at
 
@@ -60,15 +60,15 @@ class RowBatch:
 
     def select(self, rows: list[int]) -> "RowBatch":
         """Return the rows at these places, in this order."""
-        repair = self.repair
+        chosen, repair = places_on(self.latents_BCHW.device, rows), self.repair
         if repair is not None:
-            repair = Repair(repair.mask_B1HW[rows], repair.picture_BCHW[rows], repair.noise_BCHW[rows])
+            repair = Repair(repair.mask_B1HW[chosen], repair.picture_BCHW[chosen], repair.noise_BCHW[chosen])
         return RowBatch(
-            self.latents_BCHW[rows],
-            self.clean_BCHW[rows],
-            self.columns_BSK[rows],
-            self.step_B[rows],
-            self.scale_B111[rows],
+            self.latents_BCHW[chosen],
+            self.clean_BCHW[chosen],
+            self.columns_BSK[chosen],
+            self.step_B[chosen],
+            self.scale_B111[chosen],
             self.text.rows(rows),
             self.negative.rows(rows),
             tuple(self.guided[row] for row in rows),
@@ -137,36 +137,47 @@ class CallPlan:
     """int64: where each row's prediction stands among those of all calls; None: in order."""
 
 
-def make_plan(batch: RowBatch, strict_rows: int | None = None) -> CallPlan:
+def make_plan(batch: RowBatch, buckets: Sequence[int] = ()) -> CallPlan:
     """Plan one call for all rows, guided ones a second time without their prompt.
 
     One call, because measured faster on 2 CPU cores than two: 8 + 8 rows in 54 ms, two calls of 8 in 71 ms.
-    `strict_rows` (strict mode) is the fixed number of rows of every call.
+    `buckets` (ascending) are the numbers of rows a call may have: it is filled up with spare rows to the next one, and
+    what exceeds the largest takes another call.
     """
     device = batch.latents_BCHW.device
     guided = [row for row, is_guided in enumerate(batch.guided) if is_guided]
-    guided_G = torch.tensor(guided, device=device) if guided else None
+    guided_G = places_on(device, guided) if guided else None
     text = batch.text.cat(batch.negative.rows(guided)) if guided else batch.text
-    if strict_rows is None:
+    if not buckets:
         return CallPlan((Call(None, text),), guided_G, None)
     calls: list[Call] = []
     places: dict[int, int] = {}
+    num_planned = 0
     for alike in _rows_by_text_length(text):
-        for start in range(0, len(alike), strict_rows):
-            chosen = alike[start : start + strict_rows]
-            for place, row in enumerate(chosen):
-                places[row] = len(calls) * strict_rows + place
-            filled = chosen + [chosen[0]] * (strict_rows - len(chosen))
-            calls.append(Call(torch.tensor(filled, device=device), text.rows(filled)))
-    restore = torch.tensor([places[row] for row in range(len(places))], device=device)
-    return CallPlan(tuple(calls), guided_G, restore)
+        for start in range(0, len(alike), buckets[-1]):
+            chosen = alike[start : start + buckets[-1]]
+            places |= {row: num_planned + place for place, row in enumerate(chosen)}
+            filled = chosen + [chosen[0]] * (fitting_bucket(buckets, len(chosen)) - len(chosen))
+            calls.append(Call(places_on(device, filled), text.rows(filled)))
+            num_planned += len(filled)
+    return CallPlan(tuple(calls), guided_G, places_on(device, [places[row] for row in range(len(places))]))
+
+
+def fitting_bucket(buckets: Sequence[int], num_rows: int) -> int:
+    """Return the smallest bucket that holds so many rows; the largest must."""
+    return next(bucket for bucket in buckets if bucket >= num_rows)
+
+
+def text_length_classes(text: TextStates) -> list[int]:
+    """Return each row's caption length in multiples of TOKENS_PER_CLASS, rounded up."""
+    counts = text.num_tokens or (text.mask_BL.shape[1],) * len(text.mask_BL)
+    return [-(-count // TOKENS_PER_CLASS) for count in counts]
 
 
 def _rows_by_text_length(text: TextStates) -> list[list[int]]:
-    counts = text.num_tokens or (text.mask_BL.shape[1],) * len(text.mask_BL)
     classes: dict[int, list[int]] = {}
-    for row, count in enumerate(counts):
-        classes.setdefault(-(-count // TOKENS_PER_CLASS), []).append(row)
+    for row, length in enumerate(text_length_classes(text)):
+        classes.setdefault(length, []).append(row)
     return list(classes.values())
 
 

@@ -24,7 +24,7 @@ from components.live_rows import AcceptedRequest, LiveRow
 from components.loaded_versions import LoadedVersions
 from components.models import Parts
 from components.step_loop import StepLoop
-from components.versions import Version
+from components.versions import TextCounts, Version
 
 logger = logging.getLogger(__name__)
 CLOSING = "engine expected to be open, found it closing; send the request to another replica"
@@ -42,16 +42,14 @@ class StepBatchEngine:
     ) -> None:
         """`on_dropped` is told the name of every version that was let go, from whatever thread let it go."""
         self.limits = limits or EngineLimits()
-        if self.limits.max_batch_rows < 2:
-            raise InputError(
-                f"max_batch_rows expected at least 2, found {self.limits.max_batch_rows}: guidance needs two"
-            )
+        self.limits.check()
         self.counters = EngineCounters()
         self.broken: Exception | None = None
         """What ended the loop's thread, if something did: such an engine draws nothing more."""
         self._clock = clock
         self._lock = threading.Condition()
         self._versions = LoadedVersions(self._lock, on_dropped)
+        self._text_counts = TextCounts()
         self._requests: dict[str, AcceptedRequest] = {}
         self._decode = DecodeStage(self.limits.strict, self._wake, self._break)
         self._loop = StepLoop(self.limits, self._lock, self._decode)
@@ -66,7 +64,8 @@ class StepBatchEngine:
         Requests that wait without a started row move to it, unless they asked for another by name. Without `serve` only
         requests that name it use it (`submit(..., version=name)`), until `retire`.
         """
-        version = Version(name, parts, self.limits.max_cached_prompts)
+        limits = self.limits
+        version = Version(name, parts, limits.max_cached_prompts, self._text_counts, limits.max_cached_text_bytes)
         with self._lock:
             before = self._versions.add(version, serve)
             moving = [r for r in self._requests.values() if r.version is before and self._can_move(r)]
@@ -123,17 +122,21 @@ class StepBatchEngine:
     def status(self) -> EngineStatus:
         with self._lock:
             backlog, rate = self._loop.backlog_pixel_steps, self._loop.times.rate
-            versions = list(self._versions)
+            newest = self._versions.newest
+            compiled = newest.parts.compiled if newest is not None else None
             return EngineStatus(
                 live_rows=self._loop.num_rows,
                 waiting_rows=len(self._loop.queue),
                 backlog_pixel_steps=backlog,
                 backlog_s=self._loop.backlog_s,
                 rate=rate,
-                versions={version.name: version.num_requests for version in versions},
-                text_hits=sum(version.text.hits for version in versions),
-                text_misses=sum(version.text.misses for version in versions),
+                versions={version.name: version.num_requests for version in self._versions},
+                text_hits=self._text_counts.hits,
+                text_misses=self._text_counts.misses,
+                encoding_s=self._text_counts.encoding_s,
+                decoding_s=self._decode.decoding_s,
                 decode_s=self._decode.picture_s,
+                compiled_shapes=len(compiled.shapes) if compiled is not None else 0,
             )
 
     def _hold(self, name: str | None) -> Version:

@@ -147,13 +147,12 @@ class StepLoop:
                     del self._groups[name]
             late = {row.owner: None for row in self.queue if self._is_hopeless(row, now)}
             late |= {accepted: None for accepted in requests if accepted.is_late(now)}
-            strict_rows = self.limits.max_batch_rows if self.limits.strict else None
             while not self._decoder.full and (row := self.queue.take(self.room)) is not None:
                 if row.owner.started_at is None:
                     row.owner.started_at = now
                 name = _group_name(row)
                 if name not in self._groups:
-                    self._groups[name] = Group(row.owner.version, strict_rows)
+                    self._groups[name] = Group(row.owner.version, self.limits.buckets)
                 self._groups[name].add(row)
             return list(late)
 

@@ -7,7 +7,9 @@ Shape letters: B rows, L tokens, D width, C channels, H, W latent height and wid
 """
 
 import threading
+import time
 from collections import OrderedDict
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,16 +21,37 @@ from components.row_batch import Repair, RowBatch
 from components.sampler import PictureRequest, initial_latents
 from components.solvers import StepTable
 
+MAX_TEXT_BYTES = 512 * 1024 * 1024
 MAX_TABLES = 256
 """Step tables kept; each is a few kilobytes."""
 
 
-class TextCache:
-    """Text states of the last prompts, one row each; `hits` and `misses` count."""
+@dataclass
+class TextCounts:
+    """What text caches did, all that share it: an engine's counts outlive its versions."""
 
-    def __init__(self, parts: Parts, max_prompts: int) -> None:
-        self.parts, self.max_prompts = parts, max_prompts
-        self.hits = self.misses = 0
+    hits: int = 0
+    misses: int = 0
+    encoding_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, hits: int = 0, misses: int = 0, encoding_s: float = 0.0) -> None:
+        """Add, from any thread."""
+        with self._lock:
+            self.hits += hits
+            self.misses += misses
+            self.encoding_s += encoding_s
+
+
+class TextCache:
+    """Text states of the last prompts, one row each: so many prompts and so many bytes of them."""
+
+    def __init__(
+        self, parts: Parts, max_prompts: int, counts: TextCounts | None = None, max_bytes: int = MAX_TEXT_BYTES
+    ) -> None:
+        self.parts, self.max_prompts, self.max_bytes = parts, max_prompts, max_bytes
+        self.num_bytes = 0
+        self.counts = counts or TextCounts()
         self._states: OrderedDict[str, TextStates] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -38,26 +61,44 @@ class TextCache:
     def states(self, prompt: str) -> TextStates:
         """Return a prompt's states; always encoded alone, so they do not depend on other prompts."""
         with self._lock:
-            if prompt in self._states:
-                self.hits += 1
+            found = self._states.get(prompt)
+            if found is not None:
                 self._states.move_to_end(prompt)
-                return self._states[prompt]
-            self.misses += 1
+        if found is not None:
+            self.counts.add(hits=1)
+            return found
+        start = time.perf_counter()
+        # Counting tokens reads the mask on the host, so on a GPU the seconds hold its work too.
         states = encode_text(self.parts, [prompt]).counted()
+        self.counts.add(misses=1, encoding_s=time.perf_counter() - start)
         with self._lock:
+            before = self._states.pop(prompt, None)
             self._states[prompt] = states
-            while len(self._states) > self.max_prompts:
-                self._states.popitem(last=False)
+            self.num_bytes += _num_bytes(states) - (_num_bytes(before) if before is not None else 0)
+            while len(self._states) > self.max_prompts or self.num_bytes > self.max_bytes:
+                self.num_bytes -= _num_bytes(self._states.popitem(last=False)[1])
         return states
+
+
+def _num_bytes(states: TextStates) -> int:
+    return states.states_BLD.nbytes + states.mask_BL.nbytes
 
 
 class Version:
     """One model in memory under a name."""
 
-    def __init__(self, name: str, parts: Parts, max_prompts: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Parts,
+        max_prompts: int,
+        counts: TextCounts | None = None,
+        max_text_bytes: int = MAX_TEXT_BYTES,
+    ) -> None:
+        """`counts` are those of the engine's text caches together."""
         self.name, self.parts = name, parts
         self.family = family_named(parts.family)
-        self.text = TextCache(parts, max_prompts)
+        self.text = TextCache(parts, max_prompts, counts, max_text_bytes)
         self.num_requests = 0
         """Requests that wait, draw or decode with these weights; the engine counts under its lock."""
         self.retired = False
@@ -71,11 +112,11 @@ class Version:
         return device
 
     def predict(self, latents_BCHW: Tensor, timestep_B: Tensor, text: TextStates) -> Tensor:
-        """Call the denoiser with latents in its own precision."""
-        dtype = self.parts.denoiser.dtype
-        prediction_BCHW: Tensor = self.family.call_denoiser(
-            self.parts.denoiser, latents_BCHW.to(dtype), timestep_B, text
-        )
+        """Call the denoiser with latents in its own precision, compiled where this shape of call was compiled."""
+        parts, latents_BCHW = self.parts, latents_BCHW.to(self.parts.denoiser.dtype)
+        fits = parts.compiled is not None and parts.compiled.fits(latents_BCHW, text)
+        denoiser = parts.compiled.denoiser if fits else parts.denoiser
+        prediction_BCHW: Tensor = self.family.call_denoiser(denoiser, latents_BCHW, timestep_B, text)
         return prediction_BCHW
 
     def table(self, steps: int, latent_cells: int, solver: str | None, start: int) -> StepTable:

@@ -5,7 +5,7 @@ What travels to a replica are plain values (`model_arguments`); `load_model` mak
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,7 @@ def model_arguments(config: Config, model: ResolvedModel, device: str) -> dict[s
     return {
         "directory": str(model.directory),
         "device": device,
+        "precision": config.serve.precision,
         "resolution_px": trained_px,
         "fallback_px": config.data.resolution_px,
         "facts": {
@@ -77,21 +78,49 @@ def model_arguments(config: Config, model: ResolvedModel, device: str) -> dict[s
     }
 
 
-def load_model(
-    directory: str, device: str, resolution_px: int, fallback_px: int, facts: Mapping[str, Any]
-) -> LoadedModel:
-    """Load a diffusers directory; `resolution_px` 0 takes the size its denoiser was made for, if it says one."""
+def load_serving_parts(directory: Path, device: str, precision: str) -> "Parts":
+    """Load what draws: denoiser and text encoder in `precision` (auto: bf16 on a GPU), the autoencoder always in fp32.
+
+    Autoencoders overflow in fp16 and lose the last levels of a picture in bf16, and one call of it, against the
+    denoiser's twenty or more, is not where the time goes.
+    """
     import torch
 
-    from components.models import family_named, latent_factor, load_parts
+    from components.models import load_parts
+
+    bf16 = precision == "bf16" or (precision == "auto" and device != "cpu")
+    drawing = {"tokenizer", "text_encoder", "denoiser"}
+    parts = load_parts(directory, dtype=torch.bfloat16 if bf16 else torch.float32, device=device, only=drawing)
+    return parts.with_modules(vae=load_parts(directory, device=device, only={"vae"}).vae)
+
+
+def load_model(
+    directory: str,
+    device: str,
+    resolution_px: int,
+    fallback_px: int,
+    facts: Mapping[str, Any],
+    precision: str = "auto",
+    compile_rows: Sequence[int] = (),
+) -> LoadedModel:
+    """Load a diffusers directory; `resolution_px` 0 takes the size its denoiser was made for, if it says one.
+
+    Its denoiser is compiled for calls of `compile_rows` rows of that size, before this returns; none leaves it plain.
+    """
+    import torch
+
+    from components.compiled import with_compiled
+    from components.models import family_named, latent_factor
     from components.solvers import DIFFUSION_SOLVERS, FLOW_SOLVERS
 
     # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    parts = load_parts(Path(directory), dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+    parts = load_serving_parts(Path(directory), device, precision)
     made_for = getattr(parts.denoiser.config, "sample_size", None)
     made_for_px = made_for * latent_factor(parts) if isinstance(made_for, int) else fallback_px
     side_px = resolution_px or made_for_px
+    if compile_rows:
+        parts = with_compiled(parts, compile_rows, [(side_px, side_px)])
     patch_px = latent_factor(parts) * family_named(parts.family).PATCH_CELLS
     sizes = {
         "width_px": side_px,

@@ -217,13 +217,17 @@ def painter_arguments(config: Config, model: ResolvedModel, device: str) -> dict
     from components.models import embedded_clip
 
     serve = config.serve
+    compile_rows = (serve.max_batch_rows,) if serve.strict else serve.buckets
     return {
-        "model": model_arguments(config, model, device),
+        "model": {**model_arguments(config, model, device), "compile_rows": compile_rows if serve.compile else ()},
         "limits": {
             "max_batch_rows": serve.max_batch_rows,
             "max_waiting_rows": serve.max_queue,
+            "max_live_pixels": serve.max_live_pixels,
             "max_cached_prompts": serve.max_cached_prompts,
+            "max_cached_text_bytes": serve.max_cached_text_bytes,
             "strict": serve.strict,
+            "row_buckets": serve.buckets,
         },
         "safety": {
             "blocklist_file": serve.blocklist_file,

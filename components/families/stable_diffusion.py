@@ -151,6 +151,11 @@ def call_denoiser(denoiser: Any, latents_BCHW: Tensor, timestep_B: Tensor, text:
     return prediction_BCHW
 
 
+def compile_denoiser(denoiser: Any, **options: Any) -> None:
+    """Compile the denoiser in place, with the options of `torch.compile`."""
+    denoiser.compile(**options)
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale_B111: Tensor) -> Tensor:
     return unconditional + scale_B111 * (conditional - unconditional)
 

@@ -8,6 +8,7 @@ Shape letters: B batch, C channels, H, W latent height and width, L tokens, D wi
 """
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,23 @@ def call_denoiser(denoiser: Any, latents_BCHW: Tensor, timestep_B: Tensor, text:
     frames = list(latents_BCHW.unsqueeze(2).unbind(0))
     velocity = denoiser(frames, (1000 - timestep_B) / 1000, captions, return_dict=False)[0]
     return -torch.stack([frame.squeeze(1) for frame in velocity])
+
+
+def compile_denoiser(denoiser: Any, **options: Any) -> None:
+    """Compile the denoiser's blocks in place, with the options of `torch.compile`.
+
+    The blocks alone: around them every caption has its own length, and code would be made for each set of lengths.
+    """
+    for block in (*denoiser.noise_refiner, *denoiser.context_refiner, *denoiser.layers):
+        block.forward = partial(_call_packed, torch.compile(block.forward, **options))
+
+
+def _call_packed(forward: Any, x_BLD: Tensor, mask_BL: Any, freqs_BLD: Tensor, *more: Any) -> Any:
+    """Call a compiled block with its rotary frequencies packed.
+
+    They come as the head of a tensor whose length depends on the longest caption, and strides are part of a shape.
+    """
+    return forward(x_BLD, mask_BL, freqs_BLD.reshape(-1).view(freqs_BLD.shape), *more)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale_B111: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The batch arithmetic and the placements that can never run."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,3 +74,40 @@ def test_unknown_keys_and_wrong_types_are_errors(key: str) -> None:
         PlacementSection(zero_stage="two")
     with pytest.raises(ValidationError):
         ServeSection(port=70000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"row_buckets": [4, 2]}, "the smallest first, found"),
+        ({"row_buckets": [2, 2]}, "different numbers"),
+        ({"row_buckets": [2, 128]}, r"up to serve.max_batch_rows \(64\)"),
+        ({"row_buckets": [0, 2]}, "greater than or equal to 1"),
+        ({"row_buckets": [2], "strict": True}, "empty with serve.strict"),
+        ({"precision": "fp16"}, "'auto', 'fp32' or 'bf16'"),
+    ],
+)
+def test_calls_a_replica_cannot_make_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ServeSection(**settings)
+
+
+def test_a_bound_on_pictures_at_work_below_the_largest_picture_is_refused() -> None:
+    assert ServeSection(max_side_px=64, max_live_pixels=64 * 64).max_live_pixels == 4096
+    with pytest.raises(ValidationError, match=r"expected at least 4096, .* \(serve.max_side_px\), found 4095"):
+        ServeSection(max_side_px=64, max_live_pixels=64 * 64 - 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "buckets"),
+    [
+        ({}, ()),
+        ({"row_buckets": [2, 8]}, (2, 8)),
+        ({"compile": True, "max_batch_rows": 8}, (1, 2, 4, 8)),
+        ({"compile": True, "max_batch_rows": 6}, (1, 2, 4, 6)),
+        ({"compile": True, "row_buckets": [2, 8]}, (2, 8)),
+        ({"compile": True, "strict": True}, ()),
+    ],
+)
+def test_compiling_without_buckets_takes_powers_of_two(settings: dict[str, Any], buckets: tuple[int, ...]) -> None:
+    assert ServeSection(**settings).buckets == buckets

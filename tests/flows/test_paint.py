@@ -5,16 +5,20 @@ import pickle
 import queue
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api_errors import ApiError
 from cluster.images_schema import ImagesRequest, make_order
 from cluster.painter_contract import Finished, Job, MakeEvent
+from cluster.serve_metrics import ServeMetrics
 from components.models import load_parts, make_tiny, save_parts
 from components.sampler import PictureRequest, draw
 from flows.config import Config, with_overrides
@@ -162,14 +166,64 @@ def test_model_that_cannot_draw_is_not_swapped_in(config: Config, painter: Engin
     assert Desk(painter, config).draw().facts["run_id"] == "fresco-aaa"
 
 
+def engine_seconds(painter: EnginePainter) -> dict[str, float]:
+    """The sums of seconds as Prometheus reads them."""
+    families = text_string_to_metric_families(ServeMetrics("r", painter.numbers).exposition().decode())
+    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    return {part: samples[f"fresco_{part}_seconds_total"] for part in ("encode", "denoise", "decode")}
+
+
+def test_seconds_of_encoding_denoising_and_decoding_grow_and_outlive_the_version(
+    config: Config, make_run, painter: EnginePainter
+) -> None:
+    assert engine_seconds(painter) == {"encode": 0, "denoise": 0, "decode": 0}
+    desk = Desk(painter, config)
+    readings = [engine_seconds(painter)]
+    for number in range(2):
+        desk.draw(negative_prompt=f"new {number}")
+        readings.append(engine_seconds(painter))
+    assert all(before[part] < after[part] for before, after in pairwise(readings) for part in before)
+    desk.draw(negative_prompt="new 1")
+    again = engine_seconds(painter)
+    assert again["encode"] == readings[-1]["encode"] and again["decode"] > readings[-1]["decode"], "texts were at hand"
+    make_run("fresco-bbb", 1)
+    painter.swap(painter_arguments(config, resolve_model(config, "fresco-bbb"), "cpu"))
+    assert list(painter.engine.status().versions) == [painter._name], "the version that counted is gone"
+    assert engine_seconds(painter) == again
+
+
+def test_precision_buckets_and_compiling_come_from_the_config(config: Config, make_run) -> None:
+    make_run("fresco-aaa", 0)
+    model = resolve_model(config, "fresco-aaa")
+
+    def arguments_of(**serve: Any) -> dict[str, Any]:
+        return painter_arguments(
+            with_overrides(config, {f"serve.{key}": value for key, value in serve.items()}), model, "cpu"
+        )
+
+    plain = arguments_of()
+    assert (plain["model"]["precision"], plain["model"]["compile_rows"]) == ("auto", ())
+    assert plain["limits"]["row_buckets"] == ()
+    compiled = arguments_of(compile=True, max_batch_rows=6, precision="bf16")
+    assert compiled["model"]["compile_rows"] == compiled["limits"]["row_buckets"] == (1, 2, 4, 6)
+    assert compiled["model"]["precision"] == "bf16"
+    assert arguments_of(compile=True, strict=True, max_batch_rows=6)["model"]["compile_rows"] == (6,)
+    painter = make_painter(**arguments_of(row_buckets=[2, 8], precision="bf16"))
+    assert painter.engine.limits.buckets == (2, 8) and painter.model.parts.denoiser.dtype == torch.bfloat16
+    assert Desk(painter, config).draw(seed=3).facts["run_id"] == "fresco-aaa"
+    painter.close()
+
+
 def test_limits_and_safety_come_from_the_config(config: Config, tmp_path: Path, make_run) -> None:
     make_run("fresco-aaa", 0)
     (tmp_path / "list.txt").write_text("cannon\n")
     more = {"serve.max_queue": 5, "serve.max_batch_rows": 4, "serve.strict": True, "serve.max_cached_prompts": 2}
+    more |= {"serve.max_live_pixels": 2**20, "serve.max_cached_text_bytes": 3000}
     strict = with_overrides(config, {**more, "serve.blocklist_file": str(tmp_path / "list.txt")})
     painter = make_painter(**painter_arguments(strict, resolve_model(strict, "fresco-aaa"), "cpu"))
     limits = painter.engine.limits
     assert (limits.max_waiting_rows, limits.max_batch_rows, limits.max_cached_prompts) == (5, 4, 2) and limits.strict
+    assert (limits.max_live_pixels, limits.max_cached_text_bytes) == (2**20, 3000)
     order = make_order(ImagesRequest(prompt="a cannon"), strict.serve, painter.info())
     with pytest.raises(ApiError, match="content policy") as refused:
         painter.submit(Job("request-1", order), lambda make: None)
