@@ -1,4 +1,4 @@
-"""How fast is the endpoint beside diffusers' pipeline behind Ray Serve? `make bench-serve` (about 10 minutes).
+"""How fast is the endpoint beside diffusers' pipeline behind Ray Serve? `make bench-serve` (about 15 minutes).
 
 Three servers with one replica each, on the embedded base, alive together and asked in turns, so that a drifting machine
 slows all of them alike:
@@ -9,7 +9,8 @@ slows all of them alike:
 
 First every server's pictures are compared with diffusers' own. Then: images/s at saturation (closed loop), latency at
 70 % of grouped's capacity (open loop, Poisson), what one idle request costs over the bare sampler in this process, and
-how the replica's memory moves over 5,000 requests. Exit code 1 when a target is missed. `--quick` tries it out.
+how the replica's memory moves over 5,000 requests. Every contestant, the bare sampler too, draws with the number of
+threads that it found fastest. Exit code 1 when a target is missed. `--quick` tries it out.
 """
 
 import argparse
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from benchmarks.serve_endpoint import end_cleanly, register_copies, replicas, resident_bytes, served
 from benchmarks.serve_peers import GENERATIONS_ROUTE, Pipeline, Wanted, served_peers
@@ -46,6 +46,7 @@ from cluster.session import local_session
 from components.load_plan import Arrival, latency_percentiles
 from components.models import embedded_base, load_parts
 from components.sampler import draw
+from components.threads import settle_threads
 from flows.config import Config
 from flows.console import live, say, step
 from flows.load import send_all
@@ -60,11 +61,11 @@ REST_S = 0.05
 class Size:
     """How much is asked of each server."""
 
-    rounds: int = 3
-    requests: int = 60
+    rounds: int = 2
+    requests: int = 150
     clients: int = 48
     latency_rounds: int = 2
-    latency_s: float = 30.0
+    latency_s: float = 60.0
     idle_pairs: int = 60
     memory_requests: int = 5000
     memory_warm_up: int = 1500
@@ -107,7 +108,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=Size.rounds, help="of the saturation, for a slower machine")
     asked = parser.parse_args()
     size = QUICK if asked.quick else Size(rounds=asked.rounds)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, contestants(Path(folder)) as servers:
         end_cleanly()
@@ -208,13 +208,15 @@ def idle_cost(server: Server, size: Size) -> dict[str, float]:
     step("one idle request, beside the sampler in this process")
     parts = load_parts(embedded_base())
     body = {**plan_requests(1, 1.0, seed=3)[0].body, "n": 1, "steps": 20, "guidance_scale": 3.0}
+    settle_threads(lambda: draw(parts, rows_of(body)), len(os.sched_getaffinity(0)))
     bare, asked = [], []
 
     async def take_turns() -> None:
         async with make_client() as client:
             for number in range(size.idle_pairs + 5):
-                # Another prompt each time: the endpoint keeps the text states of those it has seen.
-                mine = {**body, "seed": number, "prompt": f"{body['prompt']} {number}"}
+                # Other texts each time: the endpoint keeps the states of those it has seen.
+                texts = {"prompt": f"{body['prompt']} {number}", "negative_prompt": f"a square {number}"}
+                mine = {**body, "seed": number, **texts}
                 await asyncio.sleep(REST_S)
                 start = time.perf_counter()
                 draw(parts, rows_of(mine))

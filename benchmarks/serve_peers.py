@@ -4,9 +4,9 @@
     Grouped   `@serve.batch` gathers what waits; requests of equal steps, guidance and size become one call, and each
               answer leaves with its own group, not with the whole batch
 
-Both have what Fresco's replica has: as many torch threads as cores, a free event loop (the pipeline runs in one thread
-of its own, PNG files are made in others), the weights loaded and a picture drawn before the first request, a wide
-queue at the replica, no progress bars, and the same kind of ingress.
+Both have what Fresco's replica has: as many torch threads as draw fastest, found by the same trial, a free event loop
+(the pipeline runs in one thread of its own, PNG files are made in others), the weights loaded and a picture drawn
+before the first request, a wide queue at the replica, no progress bars, and the same kind of ingress.
 """
 
 import asyncio
@@ -26,6 +26,8 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel, Field
 from ray import serve
+
+from components.threads import settle_threads
 
 GENERATIONS_ROUTE = "/v1/images/generations"
 GATHERED = 64
@@ -73,8 +75,6 @@ class Pipeline:
         for logs in (diffusers_logging, transformers_logging):
             logs.disable_progress_bar()
             logs.set_verbosity_error()
-        # Ray gives a process that reserves a fraction of a CPU one thread; Fresco's replica takes all cores, so do we.
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.pipeline = DiffusionPipeline.from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
@@ -106,6 +106,7 @@ class OneByOne:
 
     def __init__(self, directory: str) -> None:
         self.pipeline = Pipeline(directory)
+        settle_threads(lambda: self.pipeline.draw([Wanted(prompt="warm up", steps=2)]), len(os.sched_getaffinity(0)))
         self.pipeline.warm_up()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipeline")
 

@@ -63,6 +63,7 @@ def rows_of(body: dict[str, Any]) -> list[PictureRequest]:
     width_px, height_px = (int(side) for side in body["size"].split("x"))
     first = PictureRequest(
         prompt=body["prompt"],
+        negative_prompt=body.get("negative_prompt", ""),
         seed=body["seed"],
         steps=body["steps"],
         guidance_scale=body["guidance_scale"],

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -27,15 +28,16 @@ from benchmarks.serve_endpoint import Running, end_cleanly, promote, register_co
 from benchmarks.serve_requests import largest_difference, plan_requests, rows_of
 from benchmarks.soak_checks import MOST_DIFFERENCE, Check, Kill, Log, Sample, Swap, judge, summary
 from benchmarks.soak_traffic import Story, send_traffic
+from cluster.metric_files import EVERY_S
 from cluster.placement import ServeSection
 from cluster.serving import APPLICATION
 from components.models import load_parts
 from components.sampler import draw
+from components.signing_key import read_public_keys
 from flows.config import Config
 from flows.console import say, step
 from flows.models import open_registry
 
-ROUTE = "/v1/images/generations"
 COPIES = (0, 1, 2)
 """The base and two perturbed copies of it."""
 RUDE_SHARE = 0.1
@@ -80,18 +82,19 @@ def main() -> int:
         with served(config) as running:
             log = asyncio.run(disturb(config, running, plan, list(versions)))
             alive = psutil.Process(running.pid).children(recursive=True)
+        keys = read_public_keys(Path(config.workspace) / "keys")
         left_behind = len(psutil.wait_procs(alive, END_LIMIT_S)[1])
         print("\n| the run | |\n|---|---|")
         for name, value in summary(log).items():
             print(f"| {name} | {value} |", flush=True)
         step("drawing a sample of the pictures again")
         redrawn = draw_again(log.stories, versions, plan.seed)
-    return 0 if show(judge(log, redrawn, left_behind)) else 1
+    return 0 if show(judge(log, redrawn, keys, left_behind)) else 1
 
 
 async def disturb(config: Config, running: Running, plan: Plan, versions: Sequence[int]) -> Log:
     """Send the load; swap, kill and watch beside it until every request has its end."""
-    log = Log()
+    log = Log(replicas=plan.replicas)
     arrivals = plan_requests(max(1, round(plan.seconds * plan.rate_per_s)), plan.rate_per_s, plan.seed)
     arrivals = [arrival for arrival in arrivals if arrival.due_s < plan.seconds]
     step(f"{plan.seconds / 60:g} minutes: {len(arrivals)} requests, {plan.swaps} swaps")
@@ -101,8 +104,11 @@ async def disturb(config: Config, running: Running, plan: Plan, versions: Sequen
     ]
     watching = asyncio.create_task(watch_memory(running, log))
     try:
-        await send_traffic(running.url + ROUTE, arrivals, RUDE_SHARE, plan.seed, log.stories)
+        await send_traffic(running.url, arrivals, RUDE_SHARE, plan.seed, log.stories)
         await asyncio.gather(*around)
+        if watching.done():
+            watching.result()  # it ends by an error only
+        log.rows_left = await asyncio.to_thread(rows_at_work, running.url)
     finally:
         for task in (*around, watching):
             task.cancel()
@@ -128,6 +134,8 @@ async def kill_replicas(running: Running, plan: Plan, log: Log) -> None:
         await asyncio.sleep(max(0.0, start + number * plan.kill_every_s - time.monotonic()))
         number += 1
         known = await asyncio.to_thread(ready_replicas, running.url)
+        if len(known) < plan.replicas:
+            raise RuntimeError(f"{plan.replicas} ready replicas expected before a kill, found {sorted(known)}")
         victim = chance.choice(replicas(running.pid, APPLICATION))
         at = time.monotonic()
         with suppress(psutil.NoSuchProcess):
@@ -140,7 +148,7 @@ async def kill_replicas(running: Running, plan: Plan, log: Log) -> None:
 async def _replaced(url: str, known: set[str], killed_at: float) -> float | None:
     """Wait for a replica that was not there before and has drawn."""
     while time.monotonic() - killed_at < BACK_LIMIT_S:
-        if await asyncio.to_thread(ready_replicas, url) - known:
+        if known and await asyncio.to_thread(ready_replicas, url) - known:
             return time.monotonic()
         await asyncio.sleep(POLL_S)
     return None
@@ -148,17 +156,26 @@ async def _replaced(url: str, known: set[str], killed_at: float) -> float | None
 
 def ready_replicas(url: str) -> set[str]:
     """Return the names of the replicas that say in the endpoint's metrics that they are ready."""
+    return {sample.labels["replica"] for sample in scrape(url, "fresco_ready") if sample.value == 1}
+
+
+def rows_at_work(url: str) -> float:
+    """Return how many rows are drawn or wait; replicas write down theirs every few seconds."""
+    time.sleep(2 * EVERY_S)
+    return sum(sample.value for name in ("fresco_live_rows", "fresco_waiting_rows") for sample in scrape(url, name))
+
+
+def scrape(url: str, name: str) -> list[Any]:
+    """Return the samples of one family of the endpoint's metrics, none when it does not answer."""
     try:
         text = httpx.get(f"{url}/metrics", timeout=ASK_LIMIT_S, trust_env=False).text
     except httpx.HTTPError:
-        return set()
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    found = families.get("fresco_ready")
-    return {sample.labels["replica"] for sample in found.samples if sample.value == 1} if found else set()
+        return []
+    return [s for family in text_string_to_metric_families(text) if family.name == name for s in family.samples]
 
 
 async def watch_memory(running: Running, log: Log) -> None:
-    """Keep the resident memory of the replica and of all other processes of the endpoint, every few seconds."""
+    """Keep the resident memory of the replicas and of all other processes of the endpoint, every few seconds."""
     while True:
         with suppress(psutil.NoSuchProcess):
             serving = psutil.Process(running.pid)
@@ -174,7 +191,7 @@ def draw_again(stories: Sequence[Story], versions: Mapping[int, Path], seed: int
 
     Also shows that the comparison could fail: another version draws other pictures.
     """
-    drawn = [story for story in stories if story.drawn]
+    drawn = [story for story in stories if story.drawn and story.form != "edit"]
     chosen = random.Random(seed).sample(drawn, min(DRAWN_AGAIN, len(drawn)))
     parts = {version: load_parts(directory) for version, directory in versions.items()}
     differences, alike = [], 0

@@ -29,10 +29,10 @@ from cluster.serve_metrics import (
 from components.engine_status import EngineCounters, EngineStatus
 
 SERVED = EndedRequest("req_1", "POST", "/v1/images/generations", 200, 0.4, None, False, 10, 20, 2, "7", "team")
-STATUS = EngineStatus(5, 3, 4096, 2.5, 1638.4, {"7": 4, "8": 1}, 30, 10, 0.02)
+STATUS = EngineStatus(5, 3, 4096, 2.5, 1638.4, {"7": 4, "8": 1}, 30, 10, 0.5, 0.75, 0.02, 4)
 COUNTERS = EngineCounters(100, 600, 900, 12.5, 40, 2, 3, 1, 17)
 MORE = {"state": "ready", "model_version": 8, "dataset": "emblems@0123", "run_id": "fresco-1"}
-MORE |= {"encoding_s": 0.5, "decoding_s": 0.75, "swaps": 1, "swap_s": 3.5}
+MORE |= {"swaps": 1, "swap_s": 3.5}
 ENGINE: dict[str, Any] = {**asdict(STATUS), **asdict(COUNTERS), **MORE}
 
 
@@ -82,6 +82,7 @@ def test_engine_is_read_at_the_scrape() -> None:
     assert found["fresco_engine_requests_total", (("outcome", "cancelled"),)] == 3
     assert found["fresco_text_cache_total", (("result", "hit"),)] == 30
     assert found["fresco_steps_saved_total", ()] == 17 and found["fresco_swap_seconds_total", ()] == 3.5
+    assert found["fresco_compiled_shapes", ()] == 4 and found["fresco_encode_seconds_total", ()] == 0.5
     assert found["fresco_waiting_rows", ()] == 3 and found["fresco_backlog_seconds", ()] == 2.5
     assert found["fresco_version_requests", (("version", "7"),)] == 4 and found["fresco_ready", ()] == 1
     info = (("dataset", "emblems@0123"), ("model_version", "8"), ("run_id", "fresco-1"))

@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import functools
 import io
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,12 +39,15 @@ from benchmarks.serve_requests import (
 from benchmarks.serve_tables import MemoryCourse, Results, Saturation, judge, show
 from benchmarks.soak_checks import Kill, Log, Sample, Swap, follow_times, growth_mib, sort_errors
 from benchmarks.soak_checks import judge as judge_soak
-from benchmarks.soak_traffic import Attempt, Kind, Story, read_error, send_traffic
-from cluster.placement import PlacementSection
+from benchmarks.soak_traffic import FORMS, Attempt, Kind, Story, read_error, send_traffic
+from cluster.placement import PlacementSection, ServeSection
 from cluster.session import local_session
 from components.load_plan import Arrival
 from components.models import load_parts
+from components.provenance import encode
 from components.sampler import draw
+from components.signing_key import Signer, open_signer, read_public_keys
+from tests.endpoint import endpoint
 
 FULL = {"clear": "503 replica_gone", "unclear": "ReadError", "final": "400 invalid_value", "drawn": "", "left": ""}
 
@@ -210,12 +215,23 @@ def story(began: float, *kinds: Kind, version: int = 1, seconds: float = 1.0) ->
     ]
     told = Story(tiny(), rude="left" in kinds, due=began, attempts=attempts)
     if told.drawn:
-        told.version, told.seeds, told.pictures = version, (4,), (b"png",)
+        told.version, told.seeds, told.request_id = version, (4,), f"soak_{began}"
+        told.pictures = (signed({"request_id": told.request_id, "seed": 4, "model_version": version}),)
     return told
 
 
+@functools.cache
+def signer() -> Signer:
+    return open_signer(Path(tempfile.mkdtemp(prefix="fresco-test-keys-")))
+
+
+def signed(facts: dict[str, Any]) -> bytes:
+    return encode(Image.new("RGB", (8, 8)), "png", 0, facts, signer())
+
+
 def held(log: Log, redrawn: Sequence[int] = (0, 1), left_behind: int = 0) -> dict[str, bool | None]:
-    return {check.claim: check.held for check in judge_soak(log, redrawn, left_behind)}
+    keys = {signer().key_id: signer().key.public_key()}
+    return {check.claim: check.held for check in judge_soak(log, redrawn, keys, left_behind)}
 
 
 def broken(log: Log, redrawn: Sequence[int] = (0, 1), left_behind: int = 0) -> list[str]:
@@ -258,7 +274,19 @@ def test_wrong_pictures_other_seeds_leaks_and_leftovers_are_told() -> None:
     assert broken(quiet_log(), left_behind=1) == ["no process is left behind"]
     log = quiet_log()
     log.stories[0].seeds = (5,)
-    assert broken(log) == ["every answer has its own seeds"]
+    signature = "every picture is signed for its own request, seed and version"
+    assert broken(log) == [signature]
+    log = quiet_log()
+    log.stories[0].pictures = log.stories[1].pictures
+    assert broken(log) == [signature], "the picture of another request"
+    log = quiet_log()
+    log.rows_left = 1
+    assert broken(log) == ["nothing is drawn for those who left"]
+    log = quiet_log()
+    log.stories.append(story(14.0, "clear", "drawn"))
+    assert broken(log) == [], "none was ready"
+    log.replicas = 2
+    assert broken(log) == ["no request but those on a killed replica sees an error"], "another one was ready"
     log = quiet_log()
     log.samples = [Sample(float(at), 500.0, 900.0 + at / 10) for at in range(0, 80, 5)]
     assert growth_mib(log.samples) == pytest.approx(60.0)
@@ -290,11 +318,19 @@ def test_errors_are_read_for_how_clear_they_are(answer: httpx.Response, expected
 def test_patient_clients_insist_and_rude_ones_hang_up(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[int, int] = {}
 
+    cancelled = asyncio.Event()
+
     async def respond(request: httpx.Request) -> httpx.Response:
+        if request.method == "DELETE":
+            cancelled.set()
+            return httpx.Response(200, json={})
         seed = int(httpx.Response(200, content=request.content).json()["seed"])
         asked[seed] = asked.get(seed, 0) + 1
         if seed == 2:
             await asyncio.sleep(60)
+        if seed == 3:
+            await cancelled.wait()
+            return httpx.Response(499, json={"error": {"message": "m", "type": "t", "code": "request_cancelled"}})
         if asked[seed] == 1:
             error = {"message": "m", "type": "server_error", "code": "model_loading"}
             return httpx.Response(503, json={"error": error}, headers={"Retry-After": "0"})
@@ -304,12 +340,29 @@ def test_patient_clients_insist_and_rude_ones_hang_up(monkeypatch: pytest.Monkey
     client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
     monkeypatch.setattr("benchmarks.soak_traffic.make_client", lambda: client)
     monkeypatch.setattr("benchmarks.soak_traffic.HANG_UP_S", (0.01, 0.02))
+    monkeypatch.setattr("benchmarks.soak_traffic.FORMS", (("plain", 1.0),))
     stories: list[Story] = []
-    for seed, rude_share in ((1, 0.0), (2, 1.0)):
+    for seed, rude_share, cancel_share in ((1, 0.0, 0.0), (2, 1.0, 0.0), (3, 1.0, 1.0)):
         client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
         arrivals = [Arrival(0.0, tiny(seed=seed))]
-        asyncio.run(send_traffic("http://endpoint/v1/images/generations", arrivals, rude_share, 0, stories))
-    patient, rude = stories
+        asyncio.run(send_traffic("http://endpoint", arrivals, rude_share, seed, stories, cancel_share))
+    patient, rude, cancelling = stories
     assert [attempt.kind for attempt in patient.attempts] == ["clear", "drawn"]
     assert (patient.version, patient.seeds, patient.pictures) == (7, (1,), (b"png",))
     assert rude.left and not rude.drawn and [attempt.kind for attempt in rude.attempts] == ["left"]
+    assert cancelling.left and cancelling.attempts[0].detail == ""
+
+
+def test_every_form_of_request_is_drawn_by_a_real_endpoint_and_signed(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories: list[Story] = []
+    with endpoint(tiny_base, tmp_path, ServeSection(max_side_px=64)) as served:
+        for form, _ in FORMS:
+            monkeypatch.setattr("benchmarks.soak_traffic.FORMS", ((form, 1.0),))
+            arrivals = [Arrival(0.0, tiny(size="64x64", n=2))]
+            asyncio.run(send_traffic(served.url, arrivals, 0.0, 0, stories))
+    assert [(told.form, told.attempts[-1]) for told in stories if not told.drawn] == []
+    signature = "every picture is signed for its own request, seed and version"
+    checks = judge_soak(Log(stories), (), read_public_keys(tmp_path / "keys"), 0)
+    assert {check.claim: check.held for check in checks}[signature] is True
