@@ -21,7 +21,10 @@ class EngineLimits:
     max_cached_text_bytes: int = 512 * 1024 * 1024
     """Of those states, for each version; the prompts used last are kept."""
     strict: bool = False
-    """Every call has `max_batch_rows` rows: bit-identical pictures, at the price of a full call for every step."""
+    """Every call has `max_batch_rows` rows: bit-identical pictures, at the price of a full call for every step.
+
+    Tested in fp32 on CPUs. On GPUs and in bf16 no picture is promised to be the same in any company.
+    """
     row_buckets: tuple[int, ...] = ()
     """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
 
