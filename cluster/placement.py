@@ -71,7 +71,7 @@ class ServeSection(Section):
     max_cached_text_bytes: int = Field(512 * 1024 * 1024, ge=0)
     """Of those states; Z-Image's take 2.6 MB a prompt. Two versions are loaded during a swap, each with its own."""
     strict: bool = False
-    """Draw in calls of one fixed size: on a CPU in fp32 the same bits in any company, at the price of a full call each step."""
+    """Draw in calls of one size: in fp32 on a CPU the same bits in any company, at the price of full calls."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of denoiser and text encoder; auto: fp32 on the CPU, bf16 on a GPU. The autoencoder is always fp32."""
     row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = ()
