@@ -78,7 +78,7 @@ class EngineStatus:
     backlog_pixel_steps: int
     """Pixels times denoiser evaluations that are still to be made, waiting rows included."""
     backlog_s: float | None
-    """The same in seconds at the measured speed; None before anything was measured."""
+    """Seconds of that at the measured speed and of what waits to be decoded; None before anything was measured."""
     rate: float | None
     """Measured pixel-steps a second."""
     versions: dict[str, int]
