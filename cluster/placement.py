@@ -57,13 +57,21 @@ class ServeSection(Section):
     max_guidance_scale: float = Field(30.0, gt=0)
     max_side_px: int = Field(512, ge=8)
     max_queue: int = Field(64, ge=1)
-    """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After."""
+    """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After.
+
+    With API keys, a key that has pictures waiting holds at most its share by priority of a queue that is more than half
+    full, one share being left for a key that has none.
+    """
     max_batch_rows: int = Field(64, ge=2)
     """Denoiser rows of one step, of all requests together; a guided picture needs two."""
+    max_live_pixels: int = Field(64 * 1024 * 1024, ge=64)
+    """Pixels of all pictures at work, whatever their sizes; more wait. Lower it where steps run out of memory."""
     max_cached_prompts: int = Field(1024, ge=0)
     """Prompts whose text states are kept, so that a repeated prompt is not encoded again."""
+    max_cached_text_bytes: int = Field(512 * 1024 * 1024, ge=0)
+    """Of those states; Z-Image's take 2.6 MB a prompt. Two versions are loaded during a swap, each with its own."""
     strict: bool = False
-    """Draw in calls of one fixed size: the same bits in any company, at the price of a full call for every step."""
+    """Draw in calls of one size: in fp32 on a CPU the same bits in any company, at the price of full calls."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of denoiser and text encoder; auto: fp32 on the CPU, bf16 on a GPU. The autoencoder is always fp32."""
     row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -156,6 +164,15 @@ class ServeSection(Section):
             raise ValueError(
                 f"serve.max_queue expected at least serve.max_images ({self.max_images}), found {self.max_queue}: the"
                 " largest request could never wait; raise max_queue or lower max_images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _largest_picture_can_be_drawn(self) -> "ServeSection":
+        if self.max_live_pixels < self.max_side_px**2:
+            raise ValueError(
+                f"serve.max_live_pixels expected at least {self.max_side_px**2}, the pixels of the largest picture"
+                f" (serve.max_side_px), found {self.max_live_pixels}; raise it or lower max_side_px"
             )
         return self
 

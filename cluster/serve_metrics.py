@@ -58,7 +58,7 @@ LEVELS = {
     "live_rows": ("fresco_live_rows", "Pictures that are being denoised"),
     "waiting_rows": ("fresco_waiting_rows", "Pictures that wait for a place"),
     "backlog_pixel_steps": ("fresco_backlog_pixel_steps", "Pixels times denoiser evaluations still to be made"),
-    "backlog_s": ("fresco_backlog_seconds", "The same at the measured speed"),
+    "backlog_s": ("fresco_backlog_seconds", "The same at the measured speed, and what waits to be decoded"),
     "rate": ("fresco_pixel_steps_per_second", "Measured speed of the denoiser"),
     "decode_s": ("fresco_decode_picture_seconds", "Seconds to decode one picture, smoothed"),
     "compiled_shapes": ("fresco_compiled_shapes", "Denoiser call shapes with compiled code, of the newest version"),

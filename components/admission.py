@@ -1,12 +1,15 @@
-"""Who draws next: rows wait in fair queues, and what they will cost in time is known before they start.
+"""Who draws next: rows wait in fair queues, and groups of rows take turns.
 
-Start-time fair queueing (Goyal et al. 1996) over flows, one for each (key, picture size): a row's cost is its
-pixel-steps (pixels of the picture times denoiser evaluations), a flow's share grows with its priority, and a key that
-sends several sizes splits its share between them. So small and large requests advance side by side, and a row that does
-not fit now is passed by rows of other sizes; what passes a row that waits for memory costs at most what it costs
-itself, then memory is kept for it. Pure bookkeeping: no clock is read, no thread is started.
+Start-time fair queueing (Goyal et al. 1996) between keys, and again between the picture sizes of each key: a row's cost
+is its pixel-steps (pixels of the picture times denoiser evaluations), a key's share grows with its priority, and a key
+that sends several sizes splits its share between them. So small and large requests advance side by side, and a row that
+does not fit now is passed by rows of other sizes; what passes a row that waits for memory costs at most what it costs
+itself, then memory is kept for it. A row is charged when it is taken, so what is cancelled before costs nothing and
+what was drawn is never forgiven. Pure bookkeeping: no clock is read, no thread is started.
 """
 
+import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +17,6 @@ from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
 from components.errors import QueueFullError
-
-FORGETTING = 0.98
-"""Weight of a measured step against the next one: about the last fifty count."""
 
 
 class WaitingRow(Protocol):
@@ -33,7 +33,7 @@ class WaitingRow(Protocol):
     def pixel_steps(self) -> int: ...
     @property
     def priority(self) -> float:
-        """Share against other flows; positive."""
+        """Share against other keys; positive."""
         ...
 
 
@@ -49,17 +49,38 @@ class Room(Enum):
 
 
 @dataclass(eq=False)
-class _Entry(Generic[Row]):
-    row: Row
-    start: float
-    finish: float
-    passed_pixel_steps: int = 0
-
-
-@dataclass
 class _Flow(Generic[Row]):
-    entries: deque[_Entry[Row]] = field(default_factory=deque)
-    finish: float = 0.0
+    """Rows of one key and shape."""
+
+    shape: Hashable
+    start: float = 0.0
+    """Its key's virtual time at which its first row is due."""
+    rows: deque[Row] = field(default_factory=deque)
+    passed_pixel_steps: int = 0
+    """Of rows that were taken while the first one waited for memory."""
+
+
+@dataclass(eq=False)
+class _Key(Generic[Row]):
+    name: str
+    priority: float = 1.0
+    start: float = 0.0
+    """Virtual time of the queue at which its next row is due."""
+    virtual: float = 0.0
+    """Its own virtual time, shared by its flows."""
+    flows: dict[Hashable, _Flow[Row]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(len(flow.rows) for flow in self.flows.values())
+
+    def in_order(self) -> Iterator[tuple[float, Row]]:
+        """The rows as they are due, each with its virtual time within the key."""
+        return heapq.merge(*[_due(flow) for flow in self.flows.values()], key=lambda due: due[0])
+
+
+def _due(flow: _Flow[Row]) -> Iterator[tuple[float, Row]]:
+    costs = itertools.accumulate((row.pixel_steps for row in flow.rows), initial=flow.start)
+    return zip(costs, flow.rows, strict=False)
 
 
 class FairQueue(Generic[Row]):
@@ -71,97 +92,138 @@ class FairQueue(Generic[Row]):
         """Of all rows that wait."""
         self._num_rows = 0
         self._virtual = 0.0
-        self._flows: dict[tuple[str, Hashable], _Flow[Row]] = {}
+        self._keys: dict[str, _Key[Row]] = {}
 
     def __len__(self) -> int:
         return self._num_rows
 
     def __iter__(self) -> Iterator[Row]:
-        return (entry.row for flow in self._flows.values() for entry in flow.entries)
+        return (row for key in self._keys.values() for flow in key.flows.values() for row in flow.rows)
 
-    def push(self, rows: Sequence[Row], rate: float | None = None) -> None:
+    def push(self, rows: Sequence[Row], backlog: int = 0, backlog_s: float | None = None) -> None:
         """Let a request's rows wait, all or none; QueueFullError says how long the backlog is.
 
-        `rate` is the measured speed in pixel-steps a second, None before anything was measured.
+        Once more than half of the places are taken, a key that holds some may hold no more than its share by priority,
+        one share being left for a key that holds none yet; the empty key (nobody was asked for one) may hold all.
+        `backlog` are the pixel-steps still to be made, of rows at work too, and `backlog_s` the seconds they will
+        take, None before anything was measured.
         """
-        if self._num_rows + len(rows) > self.max_rows:
-            seconds = None if not rate else self.pixel_steps / rate
-            known = "at a speed not measured yet" if seconds is None else f"about {seconds:.1f} s"
-            error = QueueFullError(
-                f"queue expected room for {len(rows)} pictures, found {self._num_rows} of {self.max_rows} waiting"
-                f" ({self.pixel_steps} pixel-steps, {known}); send it again later"
-            )
-            error.retry_after_s = seconds
+        found = self._refused(rows)
+        if found:
+            known = "at a speed not measured yet" if backlog_s is None else f"about {backlog_s:.1f} s"
+            error = QueueFullError(f"{found} ({backlog} pixel-steps, {known}); send it again later")
+            error.retry_after_s = backlog_s
             raise error
         for row in rows:
-            flow = self._flows.setdefault((row.key, row.shape), _Flow())
-            start = max(self._virtual, flow.finish)
-            flow.finish = start + row.pixel_steps / self._share(row, flow)
-            flow.entries.append(_Entry(row, start, flow.finish))
-            self._num_rows += 1
-            self.pixel_steps += row.pixel_steps
+            key = self._keys.setdefault(row.key, _Key(row.key))
+            if not len(key):
+                key.start = max(key.start, self._virtual)
+            flow = key.flows.setdefault(row.shape, _Flow(row.shape))
+            if not flow.rows:
+                flow.start = max(flow.start, key.virtual)
+            key.priority = row.priority
+            flow.rows.append(row)
+            self._count(row, 1)
 
     def take(self, room: Callable[[Row], Room]) -> Row | None:
         """Return the next row that fits, or None; the caller asks again until None."""
-        waiting = [flow for flow in self._flows.values() if flow.entries]
-        passed: list[_Entry[Row]] = []
-        for flow in sorted(waiting, key=lambda flow: flow.entries[0].start):
-            entry = flow.entries[0]
-            found = room(entry.row)
-            if found is Room.NO_MEMORY:
-                passed.append(entry)
-            if found is not Room.YES:
-                continue
-            cost = entry.row.pixel_steps
-            if any(other.passed_pixel_steps + cost > other.row.pixel_steps for other in passed):
-                continue
-            for other in passed:
-                other.passed_pixel_steps += cost
-            flow.entries.popleft()
-            self._left(entry)
-            self._virtual = max(self._virtual, entry.start)
-            self._forget_idle()
-            return entry.row
+        passed: list[_Flow[Row]] = []
+        full: set[Hashable] = set()
+        for key in sorted((key for key in self._keys.values() if len(key)), key=lambda key: key.start):
+            waiting = (flow for flow in key.flows.values() if flow.rows)
+            for flow in sorted(waiting, key=lambda flow: flow.start):
+                row = flow.rows[0]
+                # Places that fall free add up for the row that found too few of them.
+                found = Room.BATCH_FULL if flow.shape in full else room(row)
+                if found is Room.BATCH_FULL:
+                    full.add(flow.shape)
+                if found is Room.NO_MEMORY:
+                    passed.append(flow)
+                cost = row.pixel_steps
+                if found is Room.YES and all(o.passed_pixel_steps + cost <= o.rows[0].pixel_steps for o in passed):
+                    for other in passed:
+                        other.passed_pixel_steps += cost
+                    self._charge(key, flow)
+                    return row
         return None
 
     def remove(self, unwanted: Callable[[Row], bool]) -> list[Row]:
         """Take rows out that need not be drawn any more."""
         removed = []
-        for flow in self._flows.values():
-            leaving = [entry for entry in flow.entries if unwanted(entry.row)]
-            if leaving:
-                flow.entries = deque(entry for entry in flow.entries if entry not in leaving)
-                # What is not drawn is not charged either.
-                flow.finish = flow.entries[-1].finish if flow.entries else self._virtual
-            for entry in leaving:
-                self._left(entry)
-                removed.append(entry.row)
+        for key in self._keys.values():
+            for flow in key.flows.values():
+                leaving = [row for row in flow.rows if unwanted(row)]
+                if not leaving:
+                    continue
+                if leaving[0] is flow.rows[0]:
+                    flow.passed_pixel_steps = 0
+                flow.rows = deque(row for row in flow.rows if not unwanted(row))
+                for row in leaving:
+                    self._count(row, -1)
+                removed += leaving
         self._forget_idle()
         return removed
 
     def pixel_steps_before(self, row: Row) -> int:
         """Return what would be taken before a row that came now, if everything fitted."""
-        flow = self._flows.get((row.key, row.shape))
-        start = max(self._virtual, flow.finish if flow else 0.0)
-        return sum(e.row.pixel_steps for f in self._flows.values() for e in f.entries if e.start <= start)
+        own = self._keys.get(row.key, _Key(row.key))
+        mates = own.flows.get(row.shape, _Flow(row.shape))
+        due = max(mates.start, own.virtual) + sum(mate.pixel_steps for mate in mates.rows)
+        earlier = [mate for mate_due, mate in own.in_order() if mate_due <= due]
+        due = max(own.start, self._virtual) + sum(mate.pixel_steps / mate.priority for mate in earlier)
+        before = sum(mate.pixel_steps for mate in earlier)
+        for key in self._keys.values():
+            key_due = key.start
+            for _, other in key.in_order() if key is not own else ():
+                if key_due > due:
+                    break
+                key_due += other.pixel_steps / other.priority
+                before += other.pixel_steps
+        return before
 
-    def _share(self, row: Row, flow: _Flow[Row]) -> float:
-        others = sum(
-            1 for (key, _), other in self._flows.items() if key == row.key and other is not flow and other.entries
+    def _refused(self, rows: Sequence[Row]) -> str:
+        """Return why rows find no place; empty when they do."""
+        after, name = self._num_rows + len(rows), rows[0].key
+        if after > self.max_rows:
+            return f"queue expected room for {len(rows)} pictures, found {self._num_rows} of {self.max_rows} waiting"
+        held = len(self._keys[name]) if name in self._keys else 0
+        if not name or not held or after <= self.max_rows / 2:
+            return ""
+        priority = rows[0].priority
+        others = sum(key.priority for key in self._keys.values() if len(key) and key.name != name)
+        most = int(self.max_rows * priority / (2 * priority + others))
+        if held + len(rows) <= most:
+            return ""
+        return (
+            f"key expected to hold at most {most} of {self.max_rows} places, found {held} and {len(rows)} more:"
+            " the rest is left to other keys"
         )
-        return row.priority / (1 + others)
 
-    def _left(self, entry: _Entry[Row]) -> None:
-        self._num_rows -= 1
-        self.pixel_steps -= entry.row.pixel_steps
+    def _charge(self, key: _Key[Row], flow: _Flow[Row]) -> None:
+        row = flow.rows.popleft()
+        flow.passed_pixel_steps = 0
+        self._virtual = max(self._virtual, key.start)
+        key.start += row.pixel_steps / row.priority
+        key.virtual = max(key.virtual, flow.start)
+        flow.start += row.pixel_steps
+        self._count(row, -1)
+        self._forget_idle()
+
+    def _count(self, row: Row, sign: int) -> None:
+        self._num_rows += sign
+        self.pixel_steps += sign * row.pixel_steps
 
     def _forget_idle(self) -> None:
-        """Drop flows that owe nothing any more, so that keys seen once cost no memory; nobody owes an empty queue."""
+        """Drop keys that owe nothing any more, so that one seen once costs no memory; nobody owes an empty queue."""
         if not self._num_rows:
-            self._virtual = max((flow.finish for flow in self._flows.values()), default=self._virtual)
-        idle = [name for name, flow in self._flows.items() if not flow.entries and flow.finish <= self._virtual]
-        for name in idle:
-            del self._flows[name]
+            self._virtual = max((key.start for key in self._keys.values()), default=self._virtual)
+        for key in list(self._keys.values()):
+            if not len(key):
+                key.flows.clear()
+                if key.start <= self._virtual:
+                    del self._keys[key.name]
+            for shape in [s for s, flow in key.flows.items() if not flow.rows and flow.start <= key.virtual]:
+                del key.flows[shape]
 
 
 class FairShares:
@@ -173,7 +235,7 @@ class FairShares:
     def next(self, weights: dict[Hashable, float]) -> Hashable:
         """Return one of the groups named in `weights` (at least one); a new group starts level with the least served.
 
-        A group's weight is the sum of its rows' priorities, each divided by the rows of its request.
+        A group's weight is its rows' part of the shares of their keys (`StepLoop._weights`).
         """
         known = [self._service[name] for name in weights if name in self._service]
         level = min(known, default=0.0)
@@ -182,58 +244,3 @@ class FairShares:
 
     def charge(self, name: Hashable, pixel_steps: int, weight: float) -> None:
         self._service[name] += pixel_steps / weight
-
-
-@dataclass
-class _Line:
-    """Sums of a weighted straight line through (pixel-steps, seconds)."""
-
-    weight: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        self.weight = FORGETTING * self.weight + 1
-        self.x = FORGETTING * self.x + x
-        self.y = FORGETTING * self.y + y
-        self.xx = FORGETTING * self.xx + x * x
-        self.xy = FORGETTING * self.xy + x * y
-
-    def at(self, x: float) -> float:
-        mean_x, mean_y = self.x / self.weight, self.y / self.weight
-        variance = self.xx / self.weight - mean_x**2
-        if variance < (0.05 * mean_x) ** 2:
-            # Seen at one size of batch only: larger ones in proportion, smaller ones no faster.
-            return mean_y * max(1.0, x / mean_x)
-        slope = max(0.0, (self.xy / self.weight - mean_x * mean_y) / variance)
-        offset = mean_y - slope * mean_x
-        return offset + slope * x if offset >= 0 else mean_y * x / mean_x
-
-
-class StepTimes:
-    """Measured seconds of a step by its pixel-steps: a fixed part and a part for each row, for each shape."""
-
-    def __init__(self) -> None:
-        self._lines: dict[Hashable, _Line] = {}
-        self._all = _Line()
-
-    def observe(self, shape: Hashable, pixel_steps: int, seconds: float) -> None:
-        """Take note of a step; the first of each shape is left out, since it pays for what is set up once."""
-        if shape not in self._lines:
-            self._lines[shape] = _Line()
-            return
-        self._lines[shape].add(pixel_steps, seconds)
-        self._all.add(pixel_steps, seconds)
-
-    def seconds(self, shape: Hashable, pixel_steps: int) -> float | None:
-        """Return the expected seconds of one step; None before anything was measured."""
-        own = self._lines.get(shape)
-        line = own if own is not None and own.weight else self._all
-        return line.at(pixel_steps) if line.weight else None
-
-    @property
-    def rate(self) -> float | None:
-        """Pixel-steps a second over the last steps; None before anything was measured."""
-        return self._all.x / self._all.y if self._all.y else None

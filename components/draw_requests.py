@@ -43,9 +43,9 @@ class DrawRequest:
     start: StartPicture | None = None
     """All rows start from it; their sizes must be its size."""
     key: str = ""
-    """Whose request it is: keys share the engine fairly."""
+    """Whose request it is: keys share queue and steps fairly, whatever they send; the empty key may fill the queue."""
     priority: float = 1.0
-    """Share of the engine against other requests; 2 gets twice the steps of 1."""
+    """Its key's share of the engine against other keys; 2 gets twice the steps of 1."""
     deadline_s: float | None = None
     """Seconds from now within which the pictures must be ready; refused early when the measured speed says no."""
     partial_images: int = 0

@@ -21,11 +21,13 @@ from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed
 from components.engine_status import EngineCounters, EngineLimits, EngineStatus
 from components.errors import DeadlineError, InputError, QueueFullError
 from components.live_rows import AcceptedRequest, LiveRow
+from components.loaded_versions import LoadedVersions
 from components.models import Parts
 from components.step_loop import StepLoop
 from components.versions import TextCounts, Version
 
 logger = logging.getLogger(__name__)
+CLOSING = "engine expected to be open, found it closing; send the request to another replica"
 LATE = "deadline_s expected to leave time for all steps, found {} s too short; ask for fewer steps or a later deadline"
 
 
@@ -44,14 +46,13 @@ class StepBatchEngine:
         self.counters = EngineCounters()
         self.broken: Exception | None = None
         """What ended the loop's thread, if something did: such an engine draws nothing more."""
-        self._clock, self._on_dropped = clock, on_dropped
+        self._clock = clock
         self._lock = threading.Condition()
-        self._versions: dict[str, Version] = {}
-        self._newest: Version | None = None
+        self._versions = LoadedVersions(self._lock, on_dropped)
         self._text_counts = TextCounts()
         self._requests: dict[str, AcceptedRequest] = {}
-        self._loop = StepLoop(self.limits, self._lock)
-        self._decode = DecodeStage(self.limits.strict)
+        self._decode = DecodeStage(self.limits.strict, self._wake, self._break)
+        self._loop = StepLoop(self.limits, self._lock, self._decode)
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -59,11 +60,10 @@ class StepBatchEngine:
 
     def load(self, name: str, parts: Parts, serve: bool = True) -> None:
         """Add a model, and `serve` with it, or let only requests use it that name it (`submit(..., version=name)`)."""
-        version = Version(name, parts, self.limits.max_cached_prompts, self._text_counts)
-        with self._lock:
-            if name in self._versions:
-                raise InputError(f"version expected a new name, found {name!r} loaded already; choose another")
-            self._versions[name] = version
+        limits = self.limits
+        self._versions.add(
+            Version(name, parts, limits.max_cached_prompts, self._text_counts, limits.max_cached_text_bytes)
+        )
         if serve:
             self.serve(name)
 
@@ -73,24 +73,16 @@ class StepBatchEngine:
         Requests that wait without a started row move to it, unless they asked for another by name.
         """
         with self._lock:
-            version, before = self._versions[name], self._newest
-            self._newest = version
-            if before is None or before is version:
-                return
-            before.retired = True
+            version, before = self._versions[name], self._versions.succeed(name)
             moving = [r for r in self._requests.values() if r.version is before and self._can_move(r)]
         for accepted in moving:
             self._move(accepted, version)
-        self._drop_if_idle(before)
+        if before is not None:
+            self._versions.drop_if_idle(before)
 
     def retire(self, name: str) -> None:
         """Start no more rows on a version; it is dropped with its last request."""
-        with self._lock:
-            version = self._versions[name]
-            version.retired = True
-            if version is self._newest:
-                self._newest = None
-        self._drop_if_idle(version)
+        self._versions.retire(name)
 
     def _can_move(self, accepted: AcceptedRequest) -> bool:
         return accepted.started_at is None and not accepted.ended and not accepted.pinned
@@ -103,14 +95,6 @@ class StepBatchEngine:
                     accepted.version.num_requests -= 1
                     version.num_requests += 1
                     accepted.version, accepted.prepared = version, prepared
-
-    def _drop_if_idle(self, version: Version) -> None:
-        with self._lock:
-            idle = version.retired and version.num_requests == 0 and self._versions.get(version.name) is version
-            if idle:
-                del self._versions[version.name]
-        if idle and self._on_dropped is not None:
-            self._on_dropped(version.name)
 
     # Requests
 
@@ -127,13 +111,13 @@ class StepBatchEngine:
                     request, chosen, receive, self._clock(), version is not None, chosen.prepare(request)
                 )
                 with self._lock:
-                    if not (chosen.retired and self._newest is not None and version is None):
+                    if not (chosen.retired and self._versions.newest is not None and version is None):
                         self._accept(accepted)
                         return
             except BaseException:
-                self._release(chosen)
+                self._versions.release(chosen)
                 raise
-            self._release(chosen)
+            self._versions.release(chosen)
 
     def cancel(self, request_id: str) -> bool:
         """End a request with Cancelled; its rows are gone at the next step. False when it has ended already."""
@@ -144,14 +128,15 @@ class StepBatchEngine:
     def status(self) -> EngineStatus:
         with self._lock:
             backlog, rate = self._loop.backlog_pixel_steps, self._loop.times.rate
-            compiled = self._newest.parts.compiled if self._newest is not None else None
+            newest = self._versions.newest
+            compiled = newest.parts.compiled if newest is not None else None
             return EngineStatus(
                 live_rows=self._loop.num_rows,
                 waiting_rows=len(self._loop.queue),
                 backlog_pixel_steps=backlog,
-                backlog_s=None if rate is None else backlog / rate,
+                backlog_s=self._loop.backlog_s,
                 rate=rate,
-                versions={version.name: version.num_requests for version in self._versions.values()},
+                versions={version.name: version.num_requests for version in self._versions},
                 text_hits=self._text_counts.hits,
                 text_misses=self._text_counts.misses,
                 encoding_s=self._text_counts.encoding_s,
@@ -161,35 +146,20 @@ class StepBatchEngine:
             )
 
     def _hold(self, name: str | None) -> Version:
-        """Return the version a request starts on, which stays loaded until it is released."""
         with self._lock:
             if self._closing:
-                raise InputError("engine expected to be open, found it closing; send the request to another replica")
-            version = self._newest if name is None else self._versions.get(name)
-            if version is None or (name is not None and version.retired):
-                loaded = ", ".join(v.name for v in self._versions.values() if not v.retired) or "none"
-                raise InputError(f"version expected one of those that serve ({loaded}), found {name!r}; load it first")
-            version.num_requests += 1
-            return version
-
-    def _release(self, version: Version) -> None:
-        with self._lock:
-            version.num_requests -= 1
-        self._drop_if_idle(version)
+                raise InputError(CLOSING)
+            return self._versions.hold(name)
 
     def _accept(self, accepted: AcceptedRequest) -> None:
         """Under the lock: refuse what can never be drawn or not in time, let the rest wait."""
         request = accepted.request
+        if self._closing:  # since it was held: preparing takes a while
+            raise InputError(CLOSING)
         if request.request_id in self._requests:
             raise InputError(f"request_id expected a new one, found {request.request_id!r} at work; choose another")
-        largest = max(asked.height_px * asked.width_px for asked in request.rows)
-        if largest > self.limits.max_live_pixels:
-            raise InputError(
-                f"picture expected at most {self.limits.max_live_pixels} pixels (max_live_pixels), found {largest}"
-            )
         try:
-            self._loop.check_deadline(accepted, self._decode.picture_s)
-            self._loop.queue.push(accepted.rows, self._loop.times.rate)
+            self._loop.accept(accepted)
         except (DeadlineError, QueueFullError):
             self.counters.refused += 1
             raise
@@ -221,20 +191,36 @@ class StepBatchEngine:
                 self.step()
         except Exception as error:  # a fault of the loop itself: nobody may wait for ever, and health must show it
             logger.exception("the denoising loop ended")
-            with self._lock:
-                self.broken, self._closing = error, True
-                left = list(self._requests.values())
-            for accepted in left:
-                self._fail(accepted, error)
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        with self._lock:
+            self.broken, self._closing = self.broken or error, True
+            left = list(self._requests.values())
+            self._lock.notify_all()
+        for accepted in left:
+            self._fail(accepted, error)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
 
     def _wait_for_work(self) -> bool:
+        """Wait until rows can step or a deadline passes; False when the engine closes and no row is left."""
         with self._lock:
-            self._lock.wait_for(lambda: self._closing or self._loop.busy)
-            return self._loop.busy
+            while not self._loop.can_step:
+                if self._closing and not self._loop.busy:
+                    return False
+                deadline = min((r.deadline for r in self._requests.values() if r.deadline is not None), default=None)
+                left_s = None if deadline is None else deadline - self._clock()
+                if left_s is not None and left_s < 0:
+                    return True
+                self._lock.wait(left_s)
+            return True
 
     def step(self) -> bool:
         """Let rows leave and join, make one step, hand over what is finished; False when there is nothing to do."""
-        late = self._loop.change_rows(self._clock())
+        late = self._loop.change_rows(self._clock(), self._requests.values())
         for accepted in late:
             self._fail(accepted, DeadlineError(LATE.format(accepted.request.deadline_s)))
         outcome = self._loop.step(self.counters)
@@ -250,8 +236,11 @@ class StepBatchEngine:
         return bool(late or outcome.moved or outcome.failed)
 
     def _put(self, row: LiveRow, latents_CHW: Tensor, early: int | None) -> None:
-        vae = row.owner.version.parts.vae
-        self._decode.put(DecodeJob(vae, latents_CHW, partial(self._decoded, row, early), early is None))
+        owner, deliver = row.owner, partial(self._decoded, row, early)
+        job = DecodeJob(
+            owner.version.parts.vae, latents_CHW, deliver, early is None, lambda: not owner.ended, row.pixels
+        )
+        self._decode.put(job)
 
     # Events
 
@@ -264,7 +253,9 @@ class StepBatchEngine:
         else:
             accepted.pictures[row.index] = result
             pictures = tuple(picture for picture in accepted.pictures if picture is not None)
-            if len(pictures) == len(accepted.pictures):
+            if accepted.is_late(self._clock()):
+                self._fail(accepted, DeadlineError(LATE.format(accepted.request.deadline_s)))
+            elif len(pictures) == len(accepted.pictures):
                 started_at = accepted.started_at or accepted.accepted_at
                 waited_s, drawn_s = started_at - accepted.accepted_at, self._clock() - started_at
                 self._end(accepted, Done(request_id, pictures, accepted.version.name, waited_s, drawn_s))
@@ -284,7 +275,7 @@ class StepBatchEngine:
                 self.counters.ended(event, accepted.steps_left)
                 self._lock.notify_all()
             self._receive(accepted, event)
-        self._release(accepted.version)
+        self._versions.release(accepted.version)
         return True
 
     def _send(self, accepted: AcceptedRequest, event: Event) -> None:

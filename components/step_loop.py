@@ -7,22 +7,19 @@ Shape letters: B rows, C channels, H, W latent height and width.
 """
 
 import threading
-import time
-from collections import deque
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.admission import FairQueue, FairShares, Room, StepTimes
+from components.admission import FairQueue, FairShares, Room
+from components.decode_stage import DecodeStage
 from components.engine_status import EngineCounters, EngineLimits
-from components.errors import DeadlineError
+from components.errors import DeadlineError, InputError
 from components.live_rows import AcceptedRequest, Group, LiveRow
-
-MAX_STEPS_IN_FLIGHT = 2
-"""On a GPU the host may run ahead of the device by so many steps: enough to keep it busy, few enough to cancel soon."""
+from components.step_times import StepTimer, StepTimes
 
 
 @dataclass
@@ -39,18 +36,24 @@ class StepOutcome:
 class StepLoop:
     """The rows that wait and the groups of rows at work."""
 
-    def __init__(self, limits: EngineLimits, lock: threading.Condition) -> None:
-        self.limits = limits
+    def __init__(self, limits: EngineLimits, lock: threading.Condition, decoder: DecodeStage) -> None:
+        """`decoder` is asked how much waits there: no row starts while it is far behind."""
+        self.limits, self._decoder = limits, decoder
         self.queue: FairQueue[LiveRow] = FairQueue(limits.max_waiting_rows)
         self.times = StepTimes()
         self._lock = lock
         self._groups: dict[Hashable, Group] = {}
         self._shares = FairShares()
-        self._in_flight: deque[Any] = deque()
+        self._timer = StepTimer()
 
     @property
     def busy(self) -> bool:
         return bool(self._groups) or len(self.queue) > 0
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a row is at work or may start; the decoder may keep those that wait waiting."""
+        return bool(self._groups) or (len(self.queue) > 0 and not self._decoder.full)
 
     @property
     def num_rows(self) -> int:
@@ -62,13 +65,28 @@ class StepLoop:
         live = (row for group in self._groups.values() for row in group.rows)
         return self.queue.pixel_steps + sum(row.step_pixels * row.steps_left for row in live)
 
-    def check_deadline(self, accepted: AcceptedRequest, decode_s: float) -> None:
-        """Under the lock: DeadlineError with the numbers when the measured speed says that a new request comes late."""
+    @property
+    def backlog_s(self) -> float | None:
+        """Seconds of that at the measured speed and of what waits to be decoded; None before anything was measured."""
+        rate = self.times.rate
+        return None if rate is None else self.backlog_pixel_steps / rate + self._decoder.expected_s()
+
+    def accept(self, accepted: AcceptedRequest) -> None:
+        """Under the lock: let a request's rows wait; InputError, DeadlineError or QueueFullError if they cannot."""
+        largest = max(row.pixels for row in accepted.rows)
+        if largest > self.limits.max_live_pixels:
+            raise InputError(
+                f"picture expected at most {self.limits.max_live_pixels} pixels (max_live_pixels), found {largest}"
+            )
+        self._check_deadline(accepted)
+        self.queue.push(accepted.rows, self.backlog_pixel_steps, self.backlog_s)
+
+    def _check_deadline(self, accepted: AcceptedRequest) -> None:
         limit_s = accepted.request.deadline_s
         expected = None if limit_s is None else self.expected_s(accepted)
         if limit_s is None or expected is None:
             return
-        waiting_s, drawing_s = expected[0], expected[1] + decode_s
+        waiting_s, drawing_s = expected[0], expected[1] + self._decoder.expected_s(len(accepted.rows))
         if waiting_s + drawing_s > limit_s:
             raise DeadlineError(
                 f"deadline_s expected at least {waiting_s + drawing_s:.2f} at the measured speed ({waiting_s:.2f} s"
@@ -87,35 +105,49 @@ class StepLoop:
         step_s = self.times.seconds(row.shape, min(own_pixels + (mates.step_pixels if mates else 0), full_pixels))
         if step_s is None:
             return None
-        rest = sum(group.weight for group in self._groups.values() if group is not mates)
-        weight = accepted.request.priority + (mates.weight if mates else 0.0)
-        drawing_s = row.steps_left * step_s * (weight + rest) / weight
+        weights = self._weights(accepted)
+        drawing_s = row.steps_left * step_s * sum(weights.values()) / weights[_group_name(row)]
         if self.room(row) is Room.YES and not len(self.queue):
             return 0.0, drawing_s
         before = self.queue.pixel_steps_before(row)
         slot_s = min((mate.steps_left for mate in mates.rows), default=0) * step_s if mates else 0.0
         return before / (self.times.rate or 1.0) + slot_s, drawing_s
 
+    def _weights(self, newcomer: AcceptedRequest | None = None) -> dict[Hashable, float]:
+        """Return each group's share of the steps, a newcomer's among them.
+
+        A key has its priority, split between its requests at work and again between the rows of each.
+        """
+        rows = [(name, row) for name, group in self._groups.items() for row in group.rows]
+        rows += [(_group_name(row), row) for row in newcomer.rows] if newcomer is not None else []
+        requests = Counter(owner.request.key for owner in {row.owner for _, row in rows})
+        weights: dict[Hashable, float] = {}
+        for name, row in rows:
+            weights[name] = weights.get(name, 0.0) + row.weight / requests[row.key]
+        return weights
+
     def room(self, row: LiveRow) -> Room:
         """Whether a row fits beside those at work; alone it always does."""
         if not self._groups:
             return Room.YES
         group = self._groups.get(_group_name(row))
-        if group is not None and group.call_rows + row.call_rows > self.limits.max_batch_rows:
-            return Room.BATCH_FULL
+        if group is not None:
+            most = min(self.limits.max_batch_rows, group.most_call_rows or self.limits.max_batch_rows)
+            if group.call_rows + row.call_rows > most:
+                return Room.BATCH_FULL
         live_pixels = sum(own.pixels for other in self._groups.values() for own in other.rows)
         return Room.YES if live_pixels + row.pixels <= self.limits.max_live_pixels else Room.NO_MEMORY
 
-    def change_rows(self, now: float) -> list[AcceptedRequest]:
-        """Drop rows of requests that ended, start waiting ones; returns those that miss their deadline."""
-        with self._lock, torch.inference_mode():
+    def change_rows(self, now: float, requests: Iterable[AcceptedRequest]) -> list[AcceptedRequest]:
+        """Drop rows of requests that ended, start waiting ones; returns the `requests` that miss their deadline."""
+        with self._lock:
             for name, group in list(self._groups.items()):
                 group.keep([place for place, row in enumerate(group.rows) if not row.owner.ended])
                 if not group.rows:
                     del self._groups[name]
-            late = {row.owner: None for row in self.queue if self._is_late(row, now)}
-            late |= {row.owner: None for g in self._groups.values() for row in g.rows if self._is_late(row, now)}
-            while (row := self.queue.take(self.room)) is not None:
+            late = {row.owner: None for row in self.queue if self._is_hopeless(row, now)}
+            late |= {accepted: None for accepted in requests if accepted.is_late(now)}
+            while not self._decoder.full and (row := self.queue.take(self.room)) is not None:
                 if row.owner.started_at is None:
                     row.owner.started_at = now
                 name = _group_name(row)
@@ -124,51 +156,40 @@ class StepLoop:
                 self._groups[name].add(row)
             return list(late)
 
-    def _is_late(self, row: LiveRow, now: float) -> bool:
-        """Whether its time is over, or for a row that has not begun: too short even if it were drawn alone."""
+    def _is_hopeless(self, row: LiveRow, now: float) -> bool:
+        """Whether the time left is too short for a row that has not begun, even if it were drawn alone."""
         deadline = row.owner.deadline
-        if deadline is None:
+        if deadline is None or row.owner.started_at is not None:
             return False
-        begun = row.owner.started_at is not None
-        step_s = None if begun else self.times.seconds(row.shape, row.step_pixels)
-        return now + row.steps_left * (step_s or 0.0) > deadline
+        return now + row.steps_left * (self.times.seconds(row.shape, row.step_pixels) or 0.0) > deadline
 
     @torch.inference_mode()
     def step(self, counters: EngineCounters) -> StepOutcome:
         """Make one step of the group that was served least; an empty outcome when no row is at work."""
         with self._lock:
-            weights = {name: group.weight for name, group in self._groups.items()}
-            if not weights:
+            if not self._groups:
                 return StepOutcome()
+            weights = self._weights()
             name = self._shares.next(weights)
             group = self._groups[name]
             shape, pixels, call_rows = group.rows[0].shape, group.step_pixels, group.call_rows
-        start = time.perf_counter()
+        device = group.version.device
+        self._timer.begin(device)
         failed = group.advance()
-        self._pace(group.version.device)
-        seconds = time.perf_counter() - start
+        timed = self._timer.end(device, shape, pixels)
         with self._lock:
             self._shares.charge(name, pixels, weights[name])
-            self.times.observe(shape, pixels, seconds)
+            for step in timed:
+                self.times.observe(step.shape, step.pixel_steps, step.seconds)
+                counters.stepping_s += step.seconds
             counters.steps += 1
             counters.call_rows += call_rows
             counters.row_steps += len(group.rows)
-            counters.stepping_s += seconds
             outcome = _outcome(group, failed)
             group.keep([place for place, row in enumerate(group.rows) if row.steps_left])
             if not group.rows:
                 del self._groups[name]
             return outcome
-
-    def _pace(self, device: torch.device) -> None:
-        """On a GPU, wait for the step before last, so that the host does not queue up work nobody can cancel."""
-        if device.type != "cuda":
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._in_flight.append(event)
-        if len(self._in_flight) > MAX_STEPS_IN_FLIGHT:
-            self._in_flight.popleft().synchronize()
 
 
 def _group_name(row: LiveRow) -> Hashable:
@@ -179,11 +200,10 @@ def _outcome(group: Group, failed: dict[AcceptedRequest, Exception]) -> StepOutc
     """Count the step on every row and sort them by what happens to them next."""
     outcome = StepOutcome(failed=failed)
     for place, row in enumerate(group.rows):
-        assert group.batch is not None
         row.step += 1
         outcome.moved.append(row)
         if not row.steps_left:
-            outcome.final.append((row, group.batch.latents_BCHW[place]))
+            outcome.final.append((row, group.latents_at(place)))
         elif row.step in row.partial_steps:
-            outcome.partial.append((row, group.batch.clean_BCHW[place]))
+            outcome.partial.append((row, group.clean_at(place)))
     return outcome

@@ -21,6 +21,7 @@ from components.row_batch import Repair, RowBatch
 from components.sampler import PictureRequest, initial_latents
 from components.solvers import StepTable
 
+MAX_TEXT_BYTES = 512 * 1024 * 1024
 MAX_TABLES = 256
 """Step tables kept; each is a few kilobytes."""
 
@@ -43,10 +44,13 @@ class TextCounts:
 
 
 class TextCache:
-    """Text states of the last prompts, one row each."""
+    """Text states of the last prompts, one row each: so many prompts and so many bytes of them."""
 
-    def __init__(self, parts: Parts, max_prompts: int, counts: TextCounts | None = None) -> None:
-        self.parts, self.max_prompts = parts, max_prompts
+    def __init__(
+        self, parts: Parts, max_prompts: int, counts: TextCounts | None = None, max_bytes: int = MAX_TEXT_BYTES
+    ) -> None:
+        self.parts, self.max_prompts, self.max_bytes = parts, max_prompts, max_bytes
+        self.num_bytes = 0
         self.counts = counts or TextCounts()
         self._states: OrderedDict[str, TextStates] = OrderedDict()
         self._lock = threading.Lock()
@@ -68,20 +72,33 @@ class TextCache:
         states = encode_text(self.parts, [prompt]).counted()
         self.counts.add(misses=1, encoding_s=time.perf_counter() - start)
         with self._lock:
+            before = self._states.pop(prompt, None)
             self._states[prompt] = states
-            while len(self._states) > self.max_prompts:
-                self._states.popitem(last=False)
+            self.num_bytes += _num_bytes(states) - (_num_bytes(before) if before is not None else 0)
+            while len(self._states) > self.max_prompts or self.num_bytes > self.max_bytes:
+                self.num_bytes -= _num_bytes(self._states.popitem(last=False)[1])
         return states
+
+
+def _num_bytes(states: TextStates) -> int:
+    return states.states_BLD.nbytes + states.mask_BL.nbytes
 
 
 class Version:
     """One model in memory under a name."""
 
-    def __init__(self, name: str, parts: Parts, max_prompts: int, counts: TextCounts | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Parts,
+        max_prompts: int,
+        counts: TextCounts | None = None,
+        max_text_bytes: int = MAX_TEXT_BYTES,
+    ) -> None:
         """`counts` are those of the engine's text caches together."""
         self.name, self.parts = name, parts
         self.family = family_named(parts.family)
-        self.text = TextCache(parts, max_prompts, counts)
+        self.text = TextCache(parts, max_prompts, counts, max_text_bytes)
         self.num_requests = 0
         """Requests that wait, draw or decode with these weights; the engine counts under its lock."""
         self.retired = False

@@ -3,6 +3,7 @@
 What travels to a replica are plain values (`model_arguments`); `load_model` makes the model of them there.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from components.models import Parts
 
 SIZE_MULTIPLE_PX = 8
+"""Widths and heights are multiples of it at least, whatever smaller steps a model could draw."""
 MIN_SIDE_PX = 16
 
 
@@ -109,7 +111,7 @@ def load_model(
     import torch
 
     from components.compiled import with_compiled
-    from components.models import latent_factor
+    from components.models import family_named, latent_factor
     from components.solvers import DIFFUSION_SOLVERS, FLOW_SOLVERS
 
     # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
@@ -120,10 +122,11 @@ def load_model(
     side_px = resolution_px or made_for_px
     if compile_rows:
         parts = with_compiled(parts, compile_rows, [(side_px, side_px)])
+    patch_px = latent_factor(parts) * family_named(parts.family).PATCH_CELLS
     sizes = {
         "width_px": side_px,
         "height_px": side_px,
-        "size_multiple_px": SIZE_MULTIPLE_PX,
+        "size_multiple_px": math.lcm(SIZE_MULTIPLE_PX, patch_px),
         "min_side_px": MIN_SIDE_PX,
     }
     solvers = FLOW_SOLVERS if parts.prediction == "flow" else DIFFUSION_SOLVERS

@@ -202,7 +202,9 @@ def painter_arguments(
         "limits": {
             "max_batch_rows": serve.max_batch_rows,
             "max_waiting_rows": serve.max_queue,
+            "max_live_pixels": serve.max_live_pixels,
             "max_cached_prompts": serve.max_cached_prompts,
+            "max_cached_text_bytes": serve.max_cached_text_bytes,
             "strict": serve.strict,
             "row_buckets": list(serve.buckets),
         },

@@ -20,6 +20,8 @@ from components.solvers import StepTable, diffusion_table
 NAME = "stable_diffusion"
 PIPELINES = ("StableDiffusionPipeline",)
 DENOISER_FOLDER = "unet"
+PATCH_CELLS = 1
+"""Side of what the denoiser takes as one, in latent cells: pictures are whole patches wide."""
 ATTENTION_MODULES = ("attn1", "attn2")
 """Module names whose parameters the plan `denoiser_attention` trains."""
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

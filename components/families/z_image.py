@@ -21,6 +21,8 @@ from components.solvers import StepTable, flow_table
 NAME = "z_image"
 PIPELINES = ("ZImagePipeline",)
 DENOISER_FOLDER = "transformer"
+PATCH_CELLS = 2
+"""Side of what the denoiser takes as one, in latent cells: pictures are whole patches wide."""
 ATTENTION_MODULES = ("attention",)
 """Module names whose parameters the plan `denoiser_attention` trains."""
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -3,8 +3,10 @@
 import base64
 import io
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from cluster.capture import read_captured
 from cluster.placement import ServeSection
 from components.provenance import verify
 from components.signing_key import read_public_keys
+from components.step_times import StepTimes
 from tests.endpoint import Endpoint, endpoint, wait_for
 
 LIMITS = ServeSection(
@@ -208,29 +211,65 @@ def test_cancel_ends_a_request_by_its_name(client: openai.OpenAI, served: Endpoi
     assert again.status_code == 404 and again.json()["error"]["code"] == "not_found"
 
 
+@contextmanager
+def held_step(engine: Any) -> Iterator[threading.Event]:
+    """Hold the next call of the denoiser; yields what is set once it is entered."""
+    entered, released = threading.Event(), threading.Event()
+
+    def wait(module: Any, args: Any) -> None:
+        entered.set()
+        assert released.wait(60)
+
+    hook = engine._versions.newest.parts.denoiser.register_forward_pre_hook(wait)
+    try:
+        yield entered
+    finally:
+        hook.remove()
+        released.set()
+
+
 def test_full_queue_is_429_with_the_measured_backlog(client: openai.OpenAI, tiny_base: Path, tmp_path: Path) -> None:
     limits = LIMITS.model_copy(update={"max_queue": 4, "max_batch_rows": 2, "capture_share": 0.0})
     with endpoint(tiny_base, tmp_path, limits) as full, httpx.Client(trust_env=False) as http:
         route = f"{full.url}/v1/images/generations"
-        with http.stream("POST", route, json={"prompt": "x", "n": 4, "steps": LONG, "stream": True}) as busy:
-            wait_for(lambda: full.engine.status().live_rows)
-            refused = http.post(route, json={"prompt": "x", "n": 4})
-            late = http.post(route, json={"prompt": "x", "deadline_s": 0.001})
-            assert busy.status_code == 200
+        with held_step(full.engine) as entered:
+            body = {"prompt": "x", "n": 4, "size": "32x32", "steps": LONG, "stream": True}
+            with http.stream("POST", route, json=body) as busy:
+                assert entered.wait(60)
+                # One guided row fits the batch, three wait, and none has made a step.
+                backlog = 4 * LONG * 2 * 32 * 32
+                full.engine._loop.times = StepTimes()
+                for _ in range(2):
+                    full.engine._loop.times.observe("measured", backlog, 29.5)
+                refused = http.post(route, json={"prompt": "x", "n": 4})
+                late = http.post(route, json={"prompt": "x", "deadline_s": 0.001})
+                assert busy.status_code == 200
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["type"]) == (429, "queue_full", "rate_limit_error")
-    assert 1 <= int(refused.headers["retry-after"]) <= 60 and "serve.max_queue" in error["message"]
+    assert refused.headers["retry-after"] == "30" and "serve.max_queue" in error["message"]
+    assert f"({backlog} pixel-steps, about 29.5 s)" in error["message"]
     assert late.status_code == 400 and "s waiting" in late.json()["error"]["message"]
     assert late.json()["error"]["param"] == "deadline_s"
 
 
-def test_deadline_that_passes_is_504_and_not_asked_again(client: openai.OpenAI, served: Endpoint) -> None:
-    # Above what one step takes and far below what all of them do, so early refusal or a miss are both possible.
-    with pytest.raises(openai.APIStatusError) as ended:
-        client.images.generate(prompt="x", extra_body={"steps": LONG, "deadline_s": 0.3})
-    error = ended.value
-    assert (error.status_code, error.code) in ((504, "deadline_exceeded"), (400, "deadline_too_short"))
-    assert error.status_code == 400 or error.response.headers["x-should-retry"] == "false"
+def test_deadline_that_passes_is_504_and_not_asked_again(
+    client: openai.OpenAI, served: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[openai.APIStatusError] = []
+
+    def ask() -> None:
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.images.generate(prompt="x", extra_body={"steps": 3, "deadline_s": 50})
+        ended.append(raised.value)
+
+    asking = threading.Thread(target=ask)
+    with held_step(served.engine) as entered:
+        asking.start()
+        assert entered.wait(60)
+        monkeypatch.setattr(served.engine, "_clock", lambda: time.monotonic() + 51)
+    asking.join(60)
+    assert (ended[0].status_code, ended[0].code) == (504, "deadline_exceeded")
+    assert ended[0].response.headers["x-should-retry"] == "false"
 
 
 def test_refused_prompts_and_pictures_are_policy_violations(tiny_base: Path, tmp_path: Path) -> None:

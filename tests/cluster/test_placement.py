@@ -92,6 +92,12 @@ def test_calls_a_replica_cannot_make_are_refused(settings: dict[str, Any], words
         ServeSection(**settings)
 
 
+def test_a_bound_on_pictures_at_work_below_the_largest_picture_is_refused() -> None:
+    assert ServeSection(max_side_px=64, max_live_pixels=64 * 64).max_live_pixels == 4096
+    with pytest.raises(ValidationError, match=r"expected at least 4096, .* \(serve.max_side_px\), found 4095"):
+        ServeSection(max_side_px=64, max_live_pixels=64 * 64 - 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "buckets"),
     [

@@ -1,6 +1,7 @@
 """Decoding beside the loop: final pictures first, failures stay with their row, early pictures may be dropped."""
 
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from components.decode_stage import MAX_WAITING_PARTIAL, DecodeJob, DecodeStage
+from components.decode_stage import MAX_BATCH_PIXELS, MAX_WAITING_PARTIAL, DecodeJob, DecodeStage
 from components.errors import NonFiniteError
 from components.models import decode_latents, make_tiny
 from components.sampler import to_images
@@ -88,3 +89,53 @@ def test_final_pictures_pass_early_ones_and_too_many_early_ones_are_dropped(vae:
     assert order[0] == ("final", 0)
     assert order[1:] == [("early", number) for number in range(3, MAX_WAITING_PARTIAL + 3)]
     assert stage.num_dropped == 3
+
+
+def test_rows_nobody_wants_any_more_are_not_decoded(vae: Any) -> None:
+    stage, found = DecodeStage(), {}
+    held = Held(stage, vae)
+    wanted = {number: number != 1 for number in range(3)}
+    for number in range(3):
+        deliver = partial(found.__setitem__, number)
+        stage.put(DecodeJob(vae, latents(number), deliver, wanted=lambda number=number: wanted[number]))
+    wanted[2] = False
+    held.released.set()
+    stage.close()
+    assert list(found) == [0]
+
+
+def test_a_call_decodes_no_more_pixels_than_the_bound(vae: Any) -> None:
+    stage, rows = DecodeStage(), []
+    held = Held(stage, vae)
+    hook = vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for number in range(5):
+        pixels = MAX_BATCH_PIXELS // 2 if number < 4 else 3 * MAX_BATCH_PIXELS
+        stage.put(DecodeJob(vae, latents(number), lambda result: None, pixels=pixels))
+    held.released.set()
+    stage.close()
+    hook.remove()
+    assert rows == [2, 2, 1], "a picture above the bound is decoded alone"
+
+
+def test_a_fault_of_the_stage_itself_is_told(vae: Any, caplog: pytest.LogCaptureFixture) -> None:
+    faults: list[Exception] = []
+    stage = DecodeStage(on_fault=faults.append)
+
+    def broken(result: Any) -> None:
+        raise KeyError("gone")
+
+    stage.put(DecodeJob(vae, latents(1), broken))
+    stage.close()
+    assert [type(fault) for fault in faults] == [KeyError] and "decoding thread ended" in caplog.text
+
+
+def test_the_first_batch_sets_the_speed_and_rows_in_hand_count_as_waiting(vae: Any) -> None:
+    stage = DecodeStage()
+    held = Held(stage, vae)
+    first_s = stage.picture_s
+    assert first_s == stage.decoding_s > 0, "one batch of one row so far"
+    stage.put(DecodeJob(vae, latents(1), lambda result: None))
+    assert stage.num_waiting == 2 and stage.expected_s(3) == pytest.approx(5 * first_s)
+    held.released.set()
+    stage.close()
+    assert stage.num_waiting == 0

@@ -2,33 +2,20 @@
 
 import gc
 import random
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, Progress
-from components.engine_status import EngineLimits
 from components.errors import DeadlineError, InputError, NonFiniteError, QueueFullError
 from components.models import Parts, embedded_base, load_parts, make_tiny
 from components.sampler import PictureRequest, draw
-from components.step_batch import StepBatchEngine
-
-LIMIT_S = 60.0
-"""For a picture of a tiny model on a loaded machine; nothing here sleeps that long."""
-SIDE = {"width_px": 16, "height_px": 16}
-RED, BLUE = "a red circle", "a blue square"
-
-
-def make(kind: str) -> Parts:
-    return make_tiny("z_image") if kind == "z_image" else make_tiny("stable_diffusion", prediction=kind)
+from tests.engine_desk import BLUE, RED, Desk, check_alike, difference, make, picture
 
 
 @pytest.fixture(scope="module", params=["v_prediction", "z_image"])
@@ -36,74 +23,11 @@ def parts(request: pytest.FixtureRequest) -> Parts:
     return make(request.param)
 
 
-class Inbox:
-    """Receives events in the engine's threads and waits for the last one of a request in the test's."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._arrived = threading.Condition()
-
-    def __call__(self, event: Event) -> None:
-        with self._arrived:
-            self.events.append(event)
-            self._arrived.notify_all()
-
-    def end_of(self, request_id: str) -> Done | Failed | Cancelled:
-        def found() -> list[Any]:
-            return [e for e in self.of(request_id) if isinstance(e, Done | Failed | Cancelled)]
-
-        with self._arrived:
-            assert self._arrived.wait_for(found, LIMIT_S), f"{request_id} has no end, events: {self.events}"
-            return found()[0]
-
-    def of(self, request_id: str) -> list[Event]:
-        return [event for event in self.events if event.request_id == request_id]
-
-    def pictures(self, request_id: str) -> tuple[Image.Image, ...]:
-        end = self.end_of(request_id)
-        assert isinstance(end, Done), end
-        return end.pictures
-
-
-class Desk:
-    """An engine without its loop thread: the test makes the steps."""
-
-    def __init__(self, *models: Parts, **limits: Any) -> None:
-        self.dropped: list[str] = []
-        self.inbox = Inbox()
-        self.engine = StepBatchEngine(EngineLimits(**limits), self.dropped.append)
-        for number, model in enumerate(models):
-            self.engine.load(f"v{number + 1}", model)
-
-    def ask(self, request_id: str, *rows: PictureRequest, **options: Any) -> None:
-        version = options.pop("version", None)
-        self.engine.submit(DrawRequest(request_id, rows, **options), self.inbox, version)
-
-    def finish(self) -> None:
-        while self.engine.step():
-            pass
-
-
 @pytest.fixture
 def desk(parts: Parts) -> Iterator[Desk]:
     desk = Desk(parts)
     yield desk
     desk.engine.close()
-
-
-def picture(prompt: str = RED, **options: Any) -> PictureRequest:
-    return PictureRequest(prompt, **{"steps": 4, **SIDE, **options})
-
-
-def difference(left: Image.Image, right: Image.Image) -> int:
-    return int(np.abs(np.asarray(left).astype(int) - np.asarray(right).astype(int)).max())
-
-
-def check_alike(found: tuple[Image.Image, ...], parts: Parts, *rows: PictureRequest) -> None:
-    """Compare with each row drawn alone by the sampler: other batch sizes move fp32 latents by about 1e-6."""
-    for own, row in zip(found, rows, strict=True):
-        assert difference(own, draw(parts, [row])[0]) <= 1, row
-    assert all(np.asarray(own).std() > 1 for own in found), "a flat picture would equal anything"
 
 
 MIXED = [
@@ -158,7 +82,7 @@ def test_late_joiner_and_cancelled_neighbour_change_no_picture(desk: Desk, parts
     assert not desk.engine.cancel("gone") and not desk.engine.cancel("first")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_joins_and_cancels_leave_every_picture_as_drawn_alone(desk: Desk, parts: Parts, seed: int) -> None:
     chance = random.Random(seed)
     asked: dict[str, tuple[PictureRequest, ...]] = {}
@@ -177,8 +101,9 @@ def test_random_joins_and_cancels_leave_every_picture_as_drawn_alone(desk: Desk,
         desk.ask(f"r{number}", *rows, key=chance.choice("ab"), priority=chance.choice([1.0, 3.0]))
         for _ in range(chance.randrange(4)):
             desk.engine.step()
-        if chance.random() < 0.3:
-            desk.engine.cancel(f"r{chance.randrange(number + 1)}")
+        at_work = sorted(desk.engine._requests)
+        if at_work and chance.random() < 0.3:
+            assert desk.engine.cancel(chance.choice(at_work))
     desk.finish()
     ends = {name: desk.inbox.end_of(name) for name in asked}
     drawn = {name: end for name, end in ends.items() if isinstance(end, Done)}
@@ -229,9 +154,12 @@ def test_embedded_base_draws_in_the_engine_what_the_sampler_draws() -> None:
 
 
 class NoHostSync(TorchDispatchMode):
-    """Refuses what would make the host wait for a device: reading a value, sizes that depend on values, copies."""
+    """Refuses what would make the host wait for a device: reading a value, and sizes that depend on values.
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item", "_to_copy.cpu")
+    Copies between host and device cannot be seen here: on a CPU there are none.
+    """
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item")
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,7 +345,7 @@ def test_a_fault_of_the_loop_fails_every_request_and_shows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     desk = Desk(make("epsilon"))
-    monkeypatch.setattr(desk.engine._loop, "change_rows", lambda now: 1 / 0)
+    monkeypatch.setattr(desk.engine._loop, "change_rows", lambda now, requests: 1 / 0)
     desk.ask("r", picture())
     desk.engine.start()
     end = desk.inbox.end_of("r")

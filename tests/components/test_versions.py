@@ -71,3 +71,15 @@ def test_step_tables_are_made_once_for_each_schedule() -> None:
     version = Version("v1", make_tiny("stable_diffusion"), 4)
     assert version.table(5, 16, None, 0) is version.table(5, 16, None, 0)
     assert len(version.table(5, 16, None, 2)) == 3 and len(version.table(6, 16, "dpm++2m", 0)) == 6
+
+
+def test_kept_text_states_are_bounded_in_bytes_too() -> None:
+    parts = make_tiny("stable_diffusion")
+    states = TextCache(parts, 4).states("a")
+    one = states.states_BLD.nbytes + states.mask_BL.nbytes
+    cache = TextCache(parts, 100, max_bytes=2 * one)
+    for prompt in ("a", "b", "a", "c", "a", "b"):
+        cache.states(prompt)
+    assert len(cache) == 2 and cache.num_bytes == 2 * one and (cache.counts.hits, cache.counts.misses) == (2, 4)
+    tiny = TextCache(parts, 100, max_bytes=one - 1)
+    assert torch.equal(tiny.states("a").states_BLD, states.states_BLD) and len(tiny) == tiny.num_bytes == 0

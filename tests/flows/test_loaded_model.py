@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.models import embedded_base
+from components.models import embedded_base, make_tiny, save_parts
 from components.sampler import PictureRequest, draw
 from flows.config import Config, with_overrides
 from flows.loaded_model import load_model, load_serving_parts, model_arguments
@@ -37,6 +37,36 @@ def test_solvers_are_those_of_the_models_prediction(config: Config, tiny_z_image
         return found
 
     assert solvers(tiny_z_image) == ["euler", "dpm++2m"] and solvers(tiny_base)[0] == "ddim"
+
+
+def test_every_size_of_the_stated_multiple_can_be_drawn(config: Config, tmp_path: Path) -> None:
+    """With an autoencoder of four blocks, as real ones have, a cell is 8 px; Z-Image takes cells in patches of 2."""
+    from diffusers import AutoencoderKL
+
+    parts = make_tiny("z_image")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL.from_config(
+            {
+                **parts.vae.config,
+                "block_out_channels": (8, 8, 8, 8),
+                "down_block_types": ("DownEncoderBlock2D",) * 4,
+                "up_block_types": ("UpDecoderBlock2D",) * 4,
+            }
+        )
+    save_parts(parts.with_modules(vae=vae.eval()), tmp_path / "pipeline")
+    model = load_model(**model_arguments(config, resolve_model(config, str(tmp_path / "pipeline")), "cpu"))
+    multiple = model.info["size_multiple_px"]
+    assert multiple == 16
+    row = PictureRequest("a red circle", steps=1, width_px=2 * multiple, height_px=3 * multiple)
+    assert draw(model.parts, [row])[0].size == (row.width_px, row.height_px)
+    with pytest.raises(RuntimeError):
+        draw(model.parts, [PictureRequest("a red circle", steps=1, width_px=40, height_px=48)])
+
+
+def test_sizes_stay_multiples_of_8_where_the_model_could_draw_smaller_steps(config: Config, tiny_base: Path) -> None:
+    model = load_model(**model_arguments(config, resolve_model(config, str(tiny_base)), "cpu"))
+    assert model.info["size_multiple_px"] == 8
 
 
 @pytest.mark.parametrize(("asked", "found"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])

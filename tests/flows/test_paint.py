@@ -219,10 +219,12 @@ def test_limits_and_safety_come_from_the_config(config: Config, tmp_path: Path, 
     make_run("fresco-aaa", 0)
     (tmp_path / "list.txt").write_text("cannon\n")
     more = {"serve.max_queue": 5, "serve.max_batch_rows": 4, "serve.strict": True, "serve.max_cached_prompts": 2}
+    more |= {"serve.max_live_pixels": 2**20, "serve.max_cached_text_bytes": 3000}
     strict = with_overrides(config, {**more, "serve.blocklist_file": str(tmp_path / "list.txt")})
     painter = make_painter(**painter_arguments(strict, resolve_model(strict, "fresco-aaa"), "cpu"))
     limits = painter.engine.limits
     assert (limits.max_waiting_rows, limits.max_batch_rows, limits.max_cached_prompts) == (5, 4, 2) and limits.strict
+    assert (limits.max_live_pixels, limits.max_cached_text_bytes) == (2**20, 3000)
     order = make_order(ImagesRequest(prompt="a cannon"), strict.serve, painter.info())
     with pytest.raises(ApiError, match="content policy") as refused:
         painter.submit(Job("request-1", order), lambda make: None)
