@@ -6,7 +6,7 @@ picture takes time, so an event comes as a function that makes it, called where 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cluster.images_schema import Order
 
@@ -27,6 +27,17 @@ class Job:
     """Name of the API key that asks: keys share the model fairly."""
     upload: "Upload | None" = None
     """The picture to edit."""
+    timed: bool = False
+    """Somebody wants to know when each of its phases began and ended."""
+
+
+class Phase(NamedTuple):
+    """A part of a request's way; times of time.monotonic."""
+
+    name: str
+    """waiting, denoising, decoding or encoding."""
+    began: float
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Finished:
     """model_version, dataset and run_id of the weights that drew it."""
     drawn: "Sequence[Image]"
     """As the model drew them, for capture."""
+    phases: tuple[Phase, ...] = ()
+    """Of a timed job."""
 
 
 PaintEvent = Partial | Finished
@@ -72,6 +85,10 @@ class Painter(Protocol):
 
     def info(self) -> dict[str, Any]:
         """What `images_schema` must know of the model that serves now, with model_version, dataset and run_id."""
+        ...
+
+    def check(self, job: Job) -> None:
+        """Raise the ApiError that `submit` would raise now for the job without its picture; accepts nothing."""
         ...
 
     def submit(self, job: Job, receive: Receiver) -> None:

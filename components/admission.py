@@ -13,10 +13,42 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
-from components.errors import QueueFullError
+from components.errors import DeadlineError, QueueFullError
 
 FORGETTING = 0.98
 """Weight of a measured step against the next one: about the last fifty count."""
+
+
+def check_room(num_rows: int, num_waiting: int, max_waiting: int, pixel_steps: int, rate: float | None) -> None:
+    """QueueFullError when so many more rows may not wait; it says how long the backlog of `pixel_steps` is."""
+    if num_waiting + num_rows <= max_waiting:
+        return
+    seconds = None if not rate else pixel_steps / rate
+    known = "at a speed not measured yet" if seconds is None else f"about {seconds:.1f} s"
+    error = QueueFullError(
+        f"queue expected room for {num_rows} pictures, found {num_waiting} of {max_waiting} waiting"
+        f" ({pixel_steps} pixel-steps, {known}); send it again later"
+    )
+    error.retry_after_s = seconds
+    raise error
+
+
+def check_deadline(limit_s: float, waiting_s: float, drawing_s: float, alone_s: float) -> None:
+    """DeadlineError with the numbers when waiting and drawing take longer than `limit_s`.
+
+    `alone_s` is what drawing would take with nothing else at work. Where that is within the limit, others are the
+    reason, and `retry_after_s` says when so much of their work will be done that the same request would be accepted.
+    """
+    expected_s = waiting_s + drawing_s
+    if expected_s <= limit_s:
+        return
+    reason = f"({waiting_s:.2f} s waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}"
+    message = f"deadline_s expected at least {expected_s:.2f} at the measured speed {reason}; "
+    if alone_s > limit_s:
+        raise DeadlineError(f"{message}it takes {alone_s:.2f} s alone: ask for fewer steps or a later deadline")
+    error = DeadlineError(f"{message}others are at work, alone it would take {alone_s:.2f} s: ask again later")
+    error.retry_after_s = expected_s - limit_s
+    raise error
 
 
 class WaitingRow(Protocol):
@@ -84,15 +116,7 @@ class FairQueue(Generic[Row]):
 
         `rate` is the measured speed in pixel-steps a second, None before anything was measured.
         """
-        if self._num_rows + len(rows) > self.max_rows:
-            seconds = None if not rate else self.pixel_steps / rate
-            known = "at a speed not measured yet" if seconds is None else f"about {seconds:.1f} s"
-            error = QueueFullError(
-                f"queue expected room for {len(rows)} pictures, found {self._num_rows} of {self.max_rows} waiting"
-                f" ({self.pixel_steps} pixel-steps, {known}); send it again later"
-            )
-            error.retry_after_s = seconds
-            raise error
+        check_room(len(rows), self._num_rows, self.max_rows, self.pixel_steps, rate)
         for row in rows:
             flow = self._flows.setdefault((row.key, row.shape), _Flow())
             start = max(self._virtual, flow.finish)

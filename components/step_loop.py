@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.admission import FairQueue, FairShares, Room, StepTimes
+from components.admission import FairQueue, FairShares, Room, StepTimes, check_deadline
 from components.engine_status import EngineCounters, EngineLimits
-from components.errors import DeadlineError
 from components.live_rows import AcceptedRequest, Group, LiveRow
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -68,15 +67,11 @@ class StepLoop:
         expected = None if limit_s is None else self.expected_s(accepted)
         if limit_s is None or expected is None:
             return
-        waiting_s, drawing_s = expected[0], expected[1] + decode_s
-        if waiting_s + drawing_s > limit_s:
-            raise DeadlineError(
-                f"deadline_s expected at least {waiting_s + drawing_s:.2f} at the measured speed ({waiting_s:.2f} s"
-                f" waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}; ask for fewer steps or a later deadline"
-            )
+        waiting_s, drawing_s, alone_s = expected
+        check_deadline(limit_s, waiting_s, drawing_s + decode_s, alone_s + decode_s)
 
-    def expected_s(self, accepted: AcceptedRequest) -> tuple[float, float] | None:
-        """Under the lock: seconds a new request would wait and draw, None before anything was measured.
+    def expected_s(self, accepted: AcceptedRequest) -> tuple[float, float, float] | None:
+        """Under the lock: seconds a new request would wait and draw, and draw alone; None before anything was measured.
 
         It takes the groups as they are now: who comes later makes it slower, who leaves faster.
         """
@@ -85,16 +80,18 @@ class StepLoop:
         own_pixels = sum(own.step_pixels for own in accepted.rows)
         full_pixels = row.step_pixels // row.call_rows * self.limits.max_batch_rows
         step_s = self.times.seconds(row.shape, min(own_pixels + (mates.step_pixels if mates else 0), full_pixels))
-        if step_s is None:
+        alone_step_s = self.times.seconds(row.shape, min(own_pixels, full_pixels))
+        if step_s is None or alone_step_s is None:
             return None
+        alone_s = row.steps_left * alone_step_s
         rest = sum(group.weight for group in self._groups.values() if group is not mates)
         weight = accepted.request.priority + (mates.weight if mates else 0.0)
         drawing_s = row.steps_left * step_s * (weight + rest) / weight
         if self.room(row) is Room.YES and not len(self.queue):
-            return 0.0, drawing_s
+            return 0.0, drawing_s, alone_s
         before = self.queue.pixel_steps_before(row)
         slot_s = min((mate.steps_left for mate in mates.rows), default=0) * step_s if mates else 0.0
-        return before / (self.times.rate or 1.0) + slot_s, drawing_s
+        return before / (self.times.rate or 1.0) + slot_s, drawing_s, alone_s
 
     def room(self, row: LiveRow) -> Room:
         """Whether a row fits beside those at work; alone it always does."""

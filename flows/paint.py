@@ -4,7 +4,6 @@ The replica names `make_painter` as its factory. Prompts are judged and encoded 
 judged, retouched, encoded and signed in the thread that takes them. Files say what drew them and never what was asked.
 """
 
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from PIL import Image
 from cluster.api_errors import ApiError, later, once, refused_content
 from cluster.artifacts import open_workspace
 from cluster.painter_contract import Finished, Job, MakeEvent, PaintEvent, Partial, Receiver
+from components.admission import check_room
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, StartPicture
 from components.engine_status import EngineLimits
 from components.errors import DeadlineError, InputError, QueueFullError
@@ -31,15 +31,14 @@ from components.step_batch import StepBatchEngine
 from flows.config import Config
 from flows.loaded_model import LateEncoder, LoadedModel, load_model, model_arguments
 from flows.models import ResolvedModel
+from flows.phases import Stopwatch
+from flows.refusals import UNKNOWN_RETRY_AFTER_S, failure, queue_full, shutting_down, unmet_deadline
 
 FACTORY = "flows.paint:make_painter"
 WARM_UP = "warm up"
 WARM_UP_LIMIT_S = 120.0
 FACTS = ("model_version", "dataset", "run_id")
 """What every picture says of the weights that drew it."""
-MOST_RETRY_AFTER_S = 60
-"""The OpenAI client does not wait longer by itself."""
-UNKNOWN_RETRY_AFTER_S = 2
 CANCELLED_STATUS = 499
 
 
@@ -81,12 +80,23 @@ class EnginePainter:
         if isinstance(last[0], Failed):
             raise last[0].error
 
+    def check(self, job: Job) -> None:
+        """Refuse a job for which the queue has no room, before anybody decodes its picture."""
+        status, most = self.engine.status(), self.engine.limits.max_waiting_rows
+        try:
+            check_room(len(job.order.rows), status.waiting_rows, most, status.backlog_pixel_steps, status.rate)
+        except QueueFullError as error:
+            raise self._refusal(error) from error
+
     def submit(self, job: Job, receive: Receiver) -> None:
         """Accept a job; ApiError for what the safety stage or the engine refuses."""
         self._judge(job)
+        watch = Stopwatch() if job.timed else None
 
         def put(event: Event) -> None:
-            make = self._maker(job, event)
+            if watch is not None:
+                watch.hear(event)
+            make = self._maker(job, event, watch)
             if make is not None:
                 receive(make)
 
@@ -153,27 +163,30 @@ class EnginePainter:
             if not decision.allowed:
                 raise refused_content(decision.category, "image")
 
-    def _maker(self, job: Job, event: Event) -> MakeEvent | None:
+    def _maker(self, job: Job, event: Event, watch: Stopwatch | None) -> MakeEvent | None:
         """Return what makes an event of the routes of one of the engine; None where they have none."""
         if isinstance(event, Done):
             # Taken here and now: a version that has ended is forgotten.
-            return partial(self._finish, job, event.pictures, self._facts[event.version])
+            return partial(self._finish, job, event.pictures, self._facts[event.version], watch)
         if isinstance(event, PartialPicture):
             return partial(self._show, job, event)
         if isinstance(event, Failed):
-            return partial(_raise, self._failure(event.error))
+            return partial(_raise, failure(event.error))
         if isinstance(event, Cancelled):
             return partial(_raise, once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled"))
         return None
 
-    def _finish(self, job: Job, pictures: Sequence[Image.Image], facts: Mapping[str, Any]) -> PaintEvent:
+    def _finish(
+        self, job: Job, pictures: Sequence[Image.Image], facts: Mapping[str, Any], watch: Stopwatch | None
+    ) -> PaintEvent:
         pictures = [_with_kept(job, picture) for picture in pictures]
         for decision in self._safety.check_pictures(pictures):
             if not decision.allowed:
                 raise refused_content(decision.category)
         shown = [retouch(picture, job.order.postprocess) for picture in pictures]
         contents = tuple(self._file(job, row, picture, facts) for row, picture in enumerate(shown))
-        return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures)
+        phases = watch.stop() if watch is not None else ()
+        return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures, phases)
 
     def _show(self, job: Job, event: PartialPicture) -> PaintEvent | None:
         picture = _with_kept(job, event.picture)
@@ -191,23 +204,14 @@ class EnginePainter:
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, QueueFullError):
-            seconds = _retry_after_s(error.retry_after_s)
-            return later(429, f"{error} (serve.max_queue), in {seconds} s", "queue_full", seconds)
+            return queue_full(error)
         if isinstance(error, DeadlineError):
-            return ApiError(str(error), "deadline_s", "deadline_too_short")
+            return unmet_deadline(error)
         if self.engine.broken is not None:
             return later(503, self.problem(), "model_failed", UNKNOWN_RETRY_AFTER_S)
         if self._ending:
-            return _shutting_down()
+            return shutting_down()
         return ApiError(str(error), code="invalid_value")
-
-    def _failure(self, error: Exception) -> ApiError:
-        """What ends a request that was accepted; a client must not ask for the same work again by itself."""
-        if isinstance(error, DeadlineError):
-            return once(504, str(error), "deadline_exceeded")
-        if isinstance(error, InterruptedError):
-            return _shutting_down()
-        return once(500, f"drawing failed: {type(error).__name__}: {error}", "drawing_failed")
 
     def _warm_up_row(self, model: LoadedModel) -> PictureRequest:
         return PictureRequest(WARM_UP, steps=2, width_px=model.info["width_px"], height_px=model.info["height_px"])
@@ -256,6 +260,7 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         priority=order.weight,
         deadline_s=order.deadline_s,
         partial_images=order.partial_images if order.stream else 0,
+        progress=job.timed,
     )
 
 
@@ -264,14 +269,6 @@ def _with_kept(job: Job, picture: Image.Image) -> Image.Image:
     if job.upload is None or job.upload.mask is None:
         return picture
     return paste_kept(picture, job.upload.picture, job.upload.mask)
-
-
-def _retry_after_s(seconds: float | None) -> int:
-    return min(MOST_RETRY_AFTER_S, max(1, math.ceil(seconds))) if seconds is not None else UNKNOWN_RETRY_AFTER_S
-
-
-def _shutting_down() -> ApiError:
-    return later(503, "the endpoint is ending; ask again", "shutting_down", UNKNOWN_RETRY_AFTER_S)
 
 
 def _raise(error: ApiError) -> PaintEvent:

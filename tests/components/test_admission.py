@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from components.admission import FairQueue, FairShares, Room, StepTimes
-from components.errors import QueueFullError
+from components.admission import FairQueue, FairShares, Room, StepTimes, check_deadline, check_room
+from components.errors import DeadlineError, QueueFullError
 
 
 @dataclass(frozen=True)
@@ -172,3 +172,29 @@ def test_step_times_follow_a_machine_that_becomes_slower() -> None:
         times.observe("small", 100, seconds)
     assert times.seconds("small", 100) == pytest.approx(0.03, rel=0.05)
     assert times.rate == pytest.approx(100 / 0.03, rel=0.05)
+
+
+def test_room_is_refused_with_the_seconds_until_there_is_some() -> None:
+    check_room(2, num_waiting=3, max_waiting=5, pixel_steps=100, rate=50.0)
+    with pytest.raises(
+        QueueFullError, match=r"room for 3 pictures, found 3 of 5 .*100 pixel-steps, about 2\.0 s"
+    ) as full:
+        check_room(3, num_waiting=3, max_waiting=5, pixel_steps=100, rate=50.0)
+    assert full.value.retry_after_s == 2.0
+    with pytest.raises(QueueFullError, match="not measured yet") as unknown:
+        check_room(6, num_waiting=0, max_waiting=5, pixel_steps=0, rate=None)
+    assert unknown.value.retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "waiting_s", "drawing_s", "alone_s", "retry_after_s"),
+    [(5.0, 4.0, 3.0, 2.0, 2.0), (2.0, 0.0, 6.0, 2.0, 4.0), (1.9, 4.0, 3.0, 2.0, None), (1.9, 0.0, 2.0, 2.0, None)],
+)
+def test_deadline_is_refused_for_now_where_alone_it_could_be_met(
+    limit_s: float, waiting_s: float, drawing_s: float, alone_s: float, retry_after_s: float | None
+) -> None:
+    with pytest.raises(DeadlineError, match=rf"{waiting_s:.2f} s waiting, {drawing_s:.2f} s drawing") as refused:
+        check_deadline(limit_s, waiting_s, drawing_s, alone_s)
+    assert refused.value.retry_after_s == retry_after_s
+    assert ("others are at work" in str(refused.value)) == (retry_after_s is not None)
+    check_deadline(waiting_s + drawing_s, waiting_s, drawing_s, alone_s)
