@@ -32,8 +32,8 @@ LIMITS = ServeSection(
     capture_share=0,
 )
 OPERATIONS = {
-    "POST /v1/images/generations": 100,
-    "POST /v1/images/edits": 100,
+    "POST /v1/images/generations": 60,
+    "POST /v1/images/edits": 60,
     "DELETE /v1/requests/{request_id}": 20,
     "GET /v1/pictures/{name}": 20,
     "GET /v1/models": 2,
