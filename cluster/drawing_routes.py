@@ -8,24 +8,27 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.answers import answer, headers_of, write_events
-from cluster.api_errors import ApiError, ErrorBody, once
+from cluster.api_description import DRAWN, errors
+from cluster.api_errors import ApiError, once
 from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
 from cluster.cancel_files import CancelFiles
 from cluster.capture import Capture, Served, open_capture
-from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, ImagesResponse, make_order
+from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, make_order
 from cluster.metric_files import MetricFiles
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job
@@ -33,29 +36,27 @@ from cluster.picture_urls import PictureStore, address_of, open_pictures
 from cluster.placement import ServeSection
 from cluster.request_ids import request_id_of
 from cluster.request_log import RequestLog
-from cluster.request_watch import note
+from cluster.request_watch import note, note_error
 from cluster.serve_metrics import ServeMetrics
 from cluster.sse import stream
-from cluster.uploads import Upload, describe_body, read_edit
+from cluster.tracing import open_traces
+from cluster.uploads import Files, describe_body, read_edit
 
 GENERATIONS_ROUTE = "/v1/images/generations"
 EDITS_ROUTE = "/v1/images/edits"
 REQUESTS_ROUTE = "/v1/requests"
+LOCAL = "local"
 GONE_STATUS = 499
 """As nginx and Ray Serve call it: the client closed the request."""
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "the request is at fault"},
-    "5XX": {"model": ErrorBody, "description": "the endpoint is at fault"},
-}
-DRAWN: dict[str, Any] = {
-    "model": ImagesResponse,
-    "description": "pictures, or with stream=true events as they take shape",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
-}
-ANSWERS = {200: DRAWN, **ERRORS}
 
 T = TypeVar("T")
 Caller = Callable[[Request], ApiKey | None]
+
+
+class CancelledRequest(BaseModel):
+    id: str
+    object: Literal["request"] = "request"
+    cancelled: Literal[True] = True
 
 
 @dataclass
@@ -68,8 +69,8 @@ class Desk:
     """What clients may call the model."""
     folder: Path
     """The workspace's."""
-    replica: str = "local"
-    """Name of this replica in metrics and log."""
+    replica: str = LOCAL
+    """Name of this replica in metrics and log; LOCAL when Ray Serve does not run it."""
     pictures: PictureStore = field(init=False)
     _capture: Capture | None = None
 
@@ -83,6 +84,7 @@ class Desk:
         self._others = CancelFiles(serving / "cancel", self.bridge.cancel) if self.limits.max_replicas > 1 else None
         if self._others is not None:
             self._others.start()
+        self.traces = open_traces(self.limits, self.replica)
 
     def name_of(self, version: object) -> str:
         """Return how clients name one version."""
@@ -122,27 +124,29 @@ class Desk:
             self._others.close()
         self.metric_files.close()
         self.log.close()
+        if self.traces is not None:
+            self.traces.close()
 
 
 def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller, reader: Caller) -> None:
     """Let `app` draw; `caller` admits a request and says whose it is, `reader` does so without counting it."""
     Asked = Annotated[ApiKey | None, Depends(caller)]
 
-    @app.post(GENERATIONS_ROUTE, responses=ANSWERS, response_model=None)
+    @app.post(GENERATIONS_ROUTE, responses=DRAWN, response_model=None)
     async def generate(request: Request, body: ImagesRequest, key: Asked) -> Response:
         return await _draw(desk, request, body, key, None, "image_generation")
 
-    @app.post(EDITS_ROUTE, responses=ANSWERS, response_model=None, openapi_extra=describe_body())
+    @app.post(EDITS_ROUTE, responses=DRAWN, response_model=None, openapi_extra=describe_body())
     async def edit(request: Request, key: Asked) -> Response:
-        body, upload = await read_edit(request, desk.limits)
-        return await _draw(desk, request, body, key, upload, "image_edit")
+        body, files = await read_edit(request, desk.limits)
+        return await _draw(desk, request, body, key, files, "image_edit")
 
-    @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=ERRORS)
-    async def cancel(request_id: str, key: Annotated[ApiKey | None, Depends(reader)]) -> dict[str, Any]:
+    @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=errors(401, 404))
+    async def cancel(request_id: str, key: Annotated[ApiKey | None, Depends(reader)]) -> CancelledRequest:
         if not await desk.cancel(request_id, key.name if key else ""):
             message = f"{REQUESTS_ROUTE}/ID expected the x-request-id of a request of yours at work, found none"
             raise ApiError(message, code="not_found", status=404)
-        return {"id": request_id, "object": "request", "cancelled": True}
+        return CancelledRequest(id=request_id)
 
 
 async def _draw(
@@ -150,32 +154,37 @@ async def _draw(
     request: Request,
     body: ImageOptions,
     key: ApiKey | None,
-    upload: Upload | None,
+    files: Files | None,
     route: Literal["image_generation", "image_edit"],
 ) -> Response:
     """Check, hand over, answer: the way of every picture."""
     began = time.monotonic()
-    painter = desk.bridge.painter
-    version = desk.check_model(body.model)
-    info = painter.info(version)
-    own_size = upload.picture.size if upload else None
-    order = make_order(body, desk.limits, info, key.priority if key else MOST_PRIORITY, own_size)
-    job = Job(request_id_of(request), order, key.name if key else "", upload, version)
+    job = _make_job(desk, request, body, key)
     note(request, key=job.key or None)
+    if files is not None:
+        await desk.bridge.check(job)
+        upload = await files.decode(desk.limits.max_upload_pixels)
+        job = replace(_make_job(desk, request, body, key, upload.picture.size), upload=upload)
+    order = job.order
     drawing = await desk.bridge.submit(job)
+
+    def tell(finished: Finished) -> None:
+        version = finished.facts.get("model_version")
+        note(request, rows=len(order.rows), version=version, phases=finished.phases)
+
     if order.stream:
         offered: list[Finished] = []
 
         def told(finished: Finished) -> None:
             offered.append(finished)
-            note(request, rows=len(order.rows), version=finished.facts.get("model_version"))
+            tell(finished)
 
-        streamed = stream(write_events(drawing, job, route, told))
+        streamed = stream(write_events(drawing, job, route, told), on_error=partial(note_error, request))
         streamed.background = BackgroundTask(_capture_streamed, desk, job, offered, began)
         return streamed
     with closing(drawing):
         finished = await while_connected(request, drawing.finished())
-    note(request, rows=len(order.rows), version=finished.facts.get("model_version"))
+    tell(finished)
 
     def keep(content: bytes) -> str:
         return address_of(request, desk.limits, desk.pictures.put(content, order.output_format))
@@ -183,6 +192,17 @@ async def _draw(
     content = await run_in_threadpool(answer, order, finished, keep if order.as_url else None)
     after = BackgroundTask(desk.capture, job, finished, began)
     return JSONResponse(content, headers=headers_of(finished.facts), background=after)
+
+
+def _make_job(
+    desk: Desk, request: Request, body: ImageOptions, key: ApiKey | None, own_size: tuple[int, int] | None = None
+) -> Job:
+    """Hold a request to every limit; ApiError names the field."""
+    painter = desk.bridge.painter
+    version = desk.check_model(body.model)
+    order = make_order(body, desk.limits, painter.info(version), key.priority if key else MOST_PRIORITY, own_size)
+    name = key.name if key else ""
+    return Job(request_id_of(request), order, name, version=version, timed=desk.traces is not None)
 
 
 async def _capture_streamed(desk: Desk, job: Job, offered: list[Finished], began: float) -> None:

@@ -5,24 +5,27 @@ address. The fields and their limits are in `images_schema`, the errors in `api_
 with its name and limit; nothing is silently ignored except the hints listed as without effect.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from cluster.answers import provenance_of
+from cluster.api_description import describe, errors
 from cluster.api_errors import install_handlers
 from cluster.api_keys import ApiKey, open_keys
 from cluster.body_limit import BodyLimit, Limit
-from cluster.drawing_routes import EDITS_ROUTE, Desk, add_drawing_routes
+from cluster.drawing_routes import EDITS_ROUTE, LOCAL, Desk, add_drawing_routes
 from cluster.images_schema import ImagesRequest
 from cluster.picture_urls import add_route
 from cluster.playground import add_playground
 from cluster.request_ids import RequestIds
 from cluster.request_watch import RequestWatch
 from cluster.serve_metrics import add_metrics_route
+from cluster.uploads import FORM
 
 DESCRIPTION = "OpenAI-compatible image generation by the champion model"
 
@@ -49,33 +52,68 @@ def make_app(desk: Desk) -> ASGIApp:
     add_metrics_route(app, desk.metric_files.exposition, [Depends(reader)])
     _add_models(app, desk, Depends(reader))
     _add_health(app, desk)
-    return RequestIds(RequestWatch(app, began=desk.metrics.began, ended=[desk.metrics.ended, desk.log.ended]))
+    describe(app, limits, lambda: desk.bridge.info, {EDITS_ROUTE: FORM})
+    ended = [desk.metrics.ended, desk.log.ended, *([desk.traces.ended] if desk.traces else [])]
+    watch = RequestWatch(app, began=desk.metrics.began, ended=ended)
+    return RequestIds(watch, within_serve=desk.replica != LOCAL)
+
+
+class Provenance(BaseModel):
+    """Which weights; null before they are loaded."""
+
+    model_version: int | None
+    dataset: str | None
+    run_id: str | None
+
+
+class ModelCard(Provenance):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["fresco"] = "fresco"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: str
+
+
+class Readiness(Provenance):
+    status: str
+    error: str
+    reason: str | None = None
+    """Why new requests wait, while another model is loaded."""
 
 
 def _add_models(app: FastAPI, desk: Desk, admitted: Any) -> None:
-    def card(name: str, version: int | None = None) -> dict[str, Any]:
+    def card(name: str, version: int | None = None) -> ModelCard:
         info = desk.bridge.info if version is None else desk.bridge.painter.info(version)
-        named = {"id": name, "object": "model", "created": info.get("created", 0), "owned_by": "fresco"}
-        return {**named, **provenance_of(info)}
+        return ModelCard(id=name, created=info.get("created", 0), **provenance_of(info))
 
-    @app.get("/v1/models", dependencies=[admitted])
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", dependencies=[admitted], responses=errors(401))
+    async def models() -> ModelList:
         beside = [(desk.name_of(version), version) for version in desk.bridge.versions[1:]]
-        return {"object": "list", "data": [card(desk.name), *(card(*one) for one in beside)]}
+        return ModelList(data=[card(desk.name), *(card(*one) for one in beside)])
 
-    @app.get("/v1/models/{model_id:path}", dependencies=[admitted])
-    async def model(model_id: str) -> dict[str, Any]:
+    @app.get("/v1/models/{model_id:path}", dependencies=[admitted], responses=errors(401, 404))
+    async def model(model_id: str) -> ModelCard:
         version = desk.check_model(model_id)
         return card(desk.name if version is None else model_id, version)
 
 
 def _add_health(app: FastAPI, desk: Desk) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", response_model=Health, responses={503: {"model": Health, "description": "draws no more"}})
     async def healthy() -> JSONResponse:
         problem = desk.bridge.problem
         return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
 
-    @app.get("/readyz")
+    unready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "no model is loaded"}}
+
+    @app.get("/readyz", response_model=Readiness, responses=unready)
     async def ready() -> JSONResponse:
         bridge = desk.bridge
         state = "failed" if bridge.problem else bridge.state

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cluster.api_errors import ApiError
 from cluster.placement import ServeSection
@@ -31,7 +31,13 @@ NOT_TEXT = frozenset(
 )
 """Form fields whose text is read as JSON."""
 
-Whole = Annotated[int, Field(strict=True)] | None
+
+def _whole(value: Any) -> Any:
+    """Read 2.0 as 2: JSON has one kind of number, and JSON Schema calls it an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)] | None
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)] | None
 Flag = Annotated[bool, Field(strict=True)] | None
 Output = Literal["png", "jpeg", "webp"]

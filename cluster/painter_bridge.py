@@ -145,12 +145,15 @@ class PainterBridge:
             return f"the model could not be loaded: {self.error}"
         return self._painter.problem() if self._painter is not None else ""
 
+    async def check(self, job: Job) -> None:
+        """ApiError when the job would be refused now, whatever its picture: asked before work is spent on that."""
+        self._check_name(job)
+        await asyncio.wrap_future(self._helpers.submit(self.painter.check, job))
+
     async def submit(self, job: Job) -> Drawing:
         """Hand a job to the painter; ApiError says why it is refused, with Retry-After where time helps."""
         painter = self.painter
-        if job.request_id in self._keys:
-            message = f"x-request-id expected a new name, found {job.request_id} at work; wait, or cancel it"
-            raise later(409, message, "request_id_in_use", IN_USE_RETRY_S)
+        self._check_name(job)
         self._keys[job.request_id] = job.key
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[MakeEvent] = asyncio.Queue()
@@ -212,6 +215,11 @@ class PainterBridge:
                 raise once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled")
         finally:
             del self._held[request_id]
+
+    def _check_name(self, job: Job) -> None:
+        if job.request_id in self._keys:
+            message = f"x-request-id expected a new name, found {job.request_id} at work; wait, or cancel it"
+            raise later(409, message, "request_id_in_use", IN_USE_RETRY_S)
 
     def _leave(self, painter: Painter, request_id: str) -> None:
         painter.cancel(request_id)  # nothing happens to a request that has ended

@@ -6,7 +6,7 @@ picture takes time, so an event comes as a function that makes it, called where 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cluster.images_schema import Order
 
@@ -29,6 +29,17 @@ class Job:
     """The picture to edit."""
     version: int | None = None
     """The version that was asked for by number; None lets the painter choose."""
+    timed: bool = False
+    """Somebody wants to know when each of its phases began and ended."""
+
+
+class Phase(NamedTuple):
+    """A part of a request's way; times of time.monotonic."""
+
+    name: str
+    """waiting, denoising, decoding or encoding."""
+    began: float
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Finished:
     """model_version, dataset and run_id of the weights that drew it."""
     drawn: "Sequence[Image]"
     """As the model drew them, for capture."""
+    phases: tuple[Phase, ...] = ()
+    """Of a timed job."""
 
 
 PaintEvent = Partial | Finished
@@ -85,6 +98,10 @@ class Painter(Protocol):
 
     def versions(self) -> Sequence[int]:
         """The versions that requests may name, the champion first."""
+        ...
+
+    def check(self, job: Job) -> None:
+        """Raise the ApiError that `submit` would raise now for the job without its picture; accepts nothing."""
         ...
 
     def submit(self, job: Job, receive: Receiver) -> None:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cluster.api_description import errors
 from cluster.api_errors import ApiError
 from cluster.artifacts import write_bytes_atomic
 from cluster.errors import StorageError
@@ -112,7 +114,11 @@ def open_pictures(limits: ServeSection, folder: Path) -> PictureStore:
 def add_route(app: FastAPI, store: PictureStore) -> None:
     """Let `app` hand out the pictures of `store`; without keys, for whoever knows the address."""
 
-    @app.get(ROUTE + "/{name}", response_class=Response)
+    kept: dict[int | str, Any] = {
+        200: {"description": "the picture", "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}}
+    }
+
+    @app.get(ROUTE + "/{name}", response_class=Response, responses={**kept, **errors(404)})
     async def picture(name: str) -> Response:
         found = await run_in_threadpool(store.get, name)
         if found is None:

@@ -4,6 +4,7 @@ Nothing here enters a run's fingerprint. The batch arithmetic is here too: how a
 Light on purpose: importing it costs no torch and no ray.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,6 +134,8 @@ class ServeSection(Section):
     """A replica that is to end gets so long to finish what it draws."""
     threads: int = Field(0, ge=0)
     """Threads of a replica that draws on a CPU; 0 takes the number that draws a first picture fastest."""
+    otlp_endpoint: str = ""
+    """OpenTelemetry collector that gets a trace of each request by OTLP/HTTP, such as http://HOST:4318; empty: none."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)
@@ -148,6 +151,13 @@ class ServeSection(Section):
     def _absolute_file(cls, name: str) -> str:
         place, colon, function = name.rpartition(":")
         return f"{Path(place).expanduser().absolute()}{colon}{function}" if place.endswith(".py") else name
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _web_address(cls, address: str) -> str:
+        if address and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
+            raise ValueError(f"expected an address such as http://HOST:4318, or nothing, found {address!r}")
+        return address.rstrip("/")
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "ServeSection":

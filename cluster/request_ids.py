@@ -2,6 +2,9 @@
 
 A client that wants to cancel before the answer begins names its request itself, in the header `x-request-id`; a name of
 another form is replaced, not refused, because proxies add such headers too. Pure ASGI, so streams pass through.
+
+Ray Serve's proxy adds a header of its own to every answer, and a replica cannot take it back. So within Serve a replica
+adds none: where we started Serve, this middleware is around its proxy too and sees to it that there is one.
 """
 
 import re
@@ -20,8 +23,9 @@ NAME_BYTES = 12
 class RequestIds:
     """Middleware; must be the outermost, so that refusals have names too."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, within_serve: bool = False) -> None:
+        """`within_serve`: another one names the answers, with the name that it gave the request."""
+        self.app, self.within_serve = app, within_serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +42,7 @@ class RequestIds:
                 MutableHeaders(scope=message)[HEADER] = name
             await send(message)
 
-        await self.app(scope, receive, named)
+        await self.app(scope, receive, send if self.within_serve else named)
 
 
 def request_id_of(request: Request) -> str:

@@ -2,14 +2,15 @@
 
 Metrics and the request log both hear it from here. Routes are named by their template and methods by a short list, so a
 client cannot make up new names. What only a route knows (rows, version, key name) it adds with `note`, which takes
-nothing else: a prompt has no way in. Pure ASGI, so streams pass through; a client that leaves early is status 499.
+nothing else: a prompt has no way in. Pure ASGI, so streams pass through; a client that leaves early is status 499, and
+a stream that ends in an error has the error's status, though its client read 200.
 """
 
 import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from starlette.requests import Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api_errors import STATUS_CODES
+from cluster.api_errors import STATUS_CODES, ApiError
+from cluster.painter_contract import Phase
 
 UNKNOWN_ROUTE = "unknown"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -26,6 +28,8 @@ GONE_STATUS = 499
 CODE = re.compile(r"[a-z0-9_]{1,40}")
 MOST_ERROR_BYTES = 8192
 NOTES = "served"
+TRACE_HEADERS = (b"traceparent", b"tracestate")
+"""W3C Trace Context: which trace of the client's this request belongs to."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,40 @@ class EndedRequest:
     version: str | None = None
     key: str | None = None
     """Name of the key, never the key."""
+    began: float = 0.0
+    """When it arrived, by time.monotonic."""
+    phases: tuple[Phase, ...] = ()
+    """What it was doing when, as far as the painter tells."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """Its trace headers, by name."""
 
 
 Listener = Callable[[EndedRequest], None]
 
 
-def note(request: Request, rows: int | None = None, version: object = None, key: str | None = None) -> None:
+def note(
+    request: Request,
+    rows: int | None = None,
+    version: object = None,
+    key: str | None = None,
+    phases: tuple[Phase, ...] | None = None,
+) -> None:
     """Add what only the route knows: pictures drawn, the version that drew them, the name of the caller's key.
 
     Rows are noted when they are finished, so that a request that was given up counts none.
     """
-    told = {"rows": rows, "version": None if version is None else str(version), "key": key}
-    notes = request.scope.setdefault("state", {}).setdefault(NOTES, {})
-    notes.update({name: value for name, value in told.items() if value is not None})
+    told = {"rows": rows, "version": None if version is None else str(version), "key": key, "phases": phases}
+    _notes(request).update({name: value for name, value in told.items() if value is not None})
+
+
+def note_error(request: Request, error: ApiError) -> None:
+    """Add the error that ends an answer whose status is sent already."""
+    _notes(request).update(status=error.status, code=error.code)
+
+
+def _notes(request: Request) -> dict[str, Any]:
+    notes: dict[str, Any] = request.scope.setdefault("state", {}).setdefault(NOTES, {})
+    return notes
 
 
 @dataclass
@@ -94,12 +119,15 @@ class _Observed:
                 self.error += body
 
     def ended(self, scope: Scope) -> EndedRequest:
-        status = self.status or (GONE_STATUS if self.gone else 500)
+        notes = dict(scope["state"][NOTES])
+        status = notes.pop("status", None) or self.status or (GONE_STATUS if self.gone else 500)
+        code = notes.pop("code", None) or code_of(status, self.error)
         method = scope["method"] if scope["method"] in METHODS else "OTHER"
         name = str(scope["state"].get("request_id", ""))
         seconds = (self.end or time.monotonic()) - self.start
-        told = (name, method, route_of(scope), status, seconds, code_of(status, self.error), self.gone)
-        return EndedRequest(*told, self.bytes_in, self.bytes_out, **scope["state"][NOTES])
+        told = (name, method, route_of(scope), status, seconds, code, self.gone)
+        trace = {key.decode(): value.decode("latin-1") for key, value in scope["headers"] if key in TRACE_HEADERS}
+        return EndedRequest(*told, self.bytes_in, self.bytes_out, began=self.start, trace=trace, **notes)
 
 
 class RequestWatch:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster.errors import PlacementError
 from cluster.placement import PlacementSection
 
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -22,7 +23,7 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     # Serve's proxy names requests too, and would add a second x-request-id beside ours; its errors are plain text.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.proxy_face:around_proxy",
+    CALLBACK: "cluster.proxy_face:around_proxy",
     # Replicas tell their backlog so often (default 10 s): a burst should not wait for the next report.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
@@ -56,7 +57,10 @@ def _start(placement: PlacementSection) -> None:
 
     if placement.ray_address:
         try:
-            ray.init(address=placement.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+            # What this verb starts there, Ray Serve's proxy included, must know what the local one would.
+            naming = {"env_vars": {CALLBACK: QUIET_ENVIRONMENT[CALLBACK]}}
+            address = placement.ray_address
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=naming)
         except ConnectionError as error:
             raise PlacementError(
                 f"placement.ray_address expected a running Ray cluster at {placement.ray_address!r}, found none:"

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,13 +69,22 @@ def write_error(error: ApiError) -> bytes:
     return write_event("error", body_of(error))
 
 
-def stream(events: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> StreamingResponse:
-    """Answer with events; `events` is closed when the client goes, so its `finally` is where rows are freed."""
+def stream(
+    events: AsyncIterator[bytes],
+    headers: Mapping[str, str] | None = None,
+    on_error: Callable[[ApiError], None] = lambda error: None,
+) -> StreamingResponse:
+    """Answer with events; `events` is closed when the client goes, so its `finally` is where rows are freed.
+
+    `on_error` hears of the error that ended the stream: its status, 200 since the first byte, cannot say it.
+    """
     every = {**HEADERS, **(headers or {})}
-    return StreamingResponse(_guarded(events, HEARTBEAT_S), media_type="text/event-stream", headers=every)
+    return StreamingResponse(_guarded(events, HEARTBEAT_S, on_error), media_type="text/event-stream", headers=every)
 
 
-async def _guarded(events: AsyncIterator[bytes], heartbeat_s: float) -> AsyncIterator[bytes]:
+async def _guarded(
+    events: AsyncIterator[bytes], heartbeat_s: float, on_error: Callable[[ApiError], None]
+) -> AsyncIterator[bytes]:
     """Pass events on, a heartbeat where none comes for so long, and an error as the event that ends the stream."""
     waiting: asyncio.Future[bytes] | None = None
     try:
@@ -91,10 +100,13 @@ async def _guarded(events: AsyncIterator[bytes], heartbeat_s: float) -> AsyncIte
             except StopAsyncIteration:
                 return
             except ApiError as error:
+                on_error(error)
                 yield write_error(error)
                 return
             except Exception:  # a bug: the client is told, and the traceback goes to the log as it would elsewhere
-                yield write_error(once(500, "drawing failed; the endpoint's log says why", "internal_error"))
+                bug = once(500, "drawing failed; the endpoint's log says why", "internal_error")
+                on_error(bug)
+                yield write_error(bug)
                 raise
     finally:
         if waiting is not None:

@@ -21,12 +21,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cluster.api_errors import STATUS_CODES, ApiError, invalid_value
-from cluster.images_schema import EditsRequest
+from cluster.images_schema import NOT_TEXT, EditsRequest
 from cluster.placement import ServeSection
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_FIELDS = 64
 FILES = ("image", "mask")
+LISTS = ("postprocess",)
+"""Fields that a form may repeat, as OpenAPI has it; clients write `name[]` too."""
+FORM = "multipart/form-data"
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 DECODER_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError),
@@ -54,15 +57,37 @@ def describe_body() -> dict[str, Any]:
         "image": {**file, "description": "PNG, JPEG or WebP"},
         "mask": {**file, "description": "of the image's size; drawn anew where it is transparent, else where white"},
     }
-    fields = {**schema, "properties": {**told, **schema["properties"]}, "required": ["image", "prompt"]}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": fields}}}}
+    listed = schema["properties"].items()
+    own = {name: field if name in NOT_TEXT else _without_null(field) for name, field in listed}
+    fields = {**schema, "properties": {**told, **own}, "required": ["image", "prompt"]}
+    return {"requestBody": {"required": True, "content": {FORM: {"schema": fields}}}}
 
 
-async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsRequest, Upload]:
-    """Read and check one edit's body; ApiError (400, 413, 415) names the field."""
+def _without_null(field: dict[str, Any]) -> dict[str, Any]:
+    """Describe a form's field of text: what would be null elsewhere is left out of a form."""
+    kinds = [kind for kind in field.get("anyOf", []) if kind["type"] != "null"]
+    rest = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
+    return {**rest, **(kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})}
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of an edit as they came: nothing of them has been looked at."""
+
+    image: bytes
+    mask: bytes | None
+
+    async def decode(self, max_pixels: int) -> Upload:
+        """Return them as pixels; ApiError says which of them is wrong and how."""
+        # It keeps a core busy for up to a second: the event loop must not wait for it.
+        return await asyncio.to_thread(make_upload, self.image, self.mask, max_pixels)
+
+
+async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsRequest, Files]:
+    """Read one edit's body and check its fields; ApiError (400, 413, 415) names the field."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        message = f"Content-Type expected to be multipart/form-data with a file named image, found {kind or 'none'!r}"
+    if kind != FORM:
+        message = f"Content-Type expected to be {FORM} with a file named image, found {kind or 'none'!r}"
         raise ApiError(message, code=STATUS_CODES[415], status=415)
     # It writes a line for every damaged body, which anybody can send.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -71,7 +96,7 @@ async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsReques
     except HTTPException as error:
         if error.status_code != 400:
             raise
-        raise ApiError(f"body expected to be multipart/form-data, found: {error.detail}", code="invalid_form") from None
+        raise ApiError(f"body expected to be {FORM}, found: {error.detail}", code="invalid_form") from None
     try:
         fields, files = await _split(form)
     finally:
@@ -82,8 +107,7 @@ async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsReques
         raise invalid_value(error.errors()[0], [*EditsRequest.model_fields, *FILES]) from None
     if "image" not in files:
         raise ApiError("image expected as a file, found nothing", "image", "missing_required_parameter")
-    # Decoding keeps a core busy for up to a second: the event loop must not wait for it.
-    return body, await asyncio.to_thread(make_upload, files["image"], files.get("mask"), limits.max_upload_pixels)
+    return body, Files(files["image"], files.get("mask"))
 
 
 def make_upload(image: bytes, mask: bytes | None, max_pixels: int) -> Upload:
@@ -135,7 +159,7 @@ async def _split(form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
             if name in files:
                 raise ApiError(f"{name} expected one file, found several", name, "too_many_images")
             files[name] = await value.read()
-        elif key.endswith("[]"):
+        elif key.endswith("[]") or name in LISTS:
             fields.setdefault(name, []).append(value)
         elif name in fields:
             raise ApiError(f"{name[:80]} expected once, found twice", name[:80], "invalid_value")

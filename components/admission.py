@@ -16,7 +16,25 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
-from components.errors import QueueFullError
+from components.errors import DeadlineError, QueueFullError
+
+
+def check_deadline(limit_s: float, waiting_s: float, drawing_s: float, alone_s: float) -> None:
+    """DeadlineError with the numbers when waiting and drawing take longer than `limit_s`.
+
+    `alone_s` is what drawing would take with nothing else at work. Where that is within the limit, others are the
+    reason, and `retry_after_s` says when so much of their work will be done that the same request would be accepted.
+    """
+    expected_s = waiting_s + drawing_s
+    if expected_s <= limit_s:
+        return
+    reason = f"({waiting_s:.2f} s waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}"
+    message = f"deadline_s expected at least {expected_s:.2f} at the measured speed {reason}; "
+    if alone_s > limit_s:
+        raise DeadlineError(f"{message}it takes {alone_s:.2f} s alone: ask for fewer steps or a later deadline")
+    error = DeadlineError(f"{message}others are at work, alone it would take {alone_s:.2f} s: ask again later")
+    error.retry_after_s = expected_s - limit_s
+    raise error
 
 
 class WaitingRow(Protocol):
@@ -101,19 +119,8 @@ class FairQueue(Generic[Row]):
         return (row for key in self._keys.values() for flow in key.flows.values() for row in flow.rows)
 
     def push(self, rows: Sequence[Row], backlog: int = 0, backlog_s: float | None = None) -> None:
-        """Let a request's rows wait, all or none; QueueFullError says how long the backlog is.
-
-        Once more than half of the places are taken, a key that holds some may hold no more than its share by priority,
-        one share being left for a key that holds none yet; the empty key (nobody was asked for one) may hold all.
-        `backlog` are the pixel-steps still to be made, of rows at work too, and `backlog_s` the seconds they will
-        take, None before anything was measured.
-        """
-        found = self._refused(rows)
-        if found:
-            known = "at a speed not measured yet" if backlog_s is None else f"about {backlog_s:.1f} s"
-            error = QueueFullError(f"{found} ({backlog} pixel-steps, {known}); send it again later")
-            error.retry_after_s = backlog_s
-            raise error
+        """Let a request's rows wait, all or none, where `check` finds room for them."""
+        self.check(len(rows), rows[0].key, rows[0].priority, backlog, backlog_s)
         for row in rows:
             key = self._keys.setdefault(row.key, _Key(row.key))
             if not len(key):
@@ -124,6 +131,21 @@ class FairQueue(Generic[Row]):
             key.priority = row.priority
             flow.rows.append(row)
             self._count(row, 1)
+
+    def check(self, num_rows: int, key: str, priority: float, backlog: int = 0, backlog_s: float | None = None) -> None:
+        """QueueFullError, which says how long the backlog is, when so many more rows of a key may not wait.
+
+        Once more than half of the places are taken, a key that holds some may hold no more than its share by priority,
+        one share being left for a key that holds none yet; the empty key (nobody was asked for one) may hold all.
+        `backlog` are the pixel-steps still to be made, of rows at work too, and `backlog_s` the seconds they will
+        take, None before anything was measured.
+        """
+        found = self._refused(num_rows, key, priority)
+        if found:
+            known = "at a speed not measured yet" if backlog_s is None else f"about {backlog_s:.1f} s"
+            error = QueueFullError(f"{found} ({backlog} pixel-steps, {known}); send it again later")
+            error.retry_after_s = backlog_s
+            raise error
 
     def take(self, room: Callable[[Row], Room]) -> Row | None:
         """Return the next row that fits, or None; the caller asks again until None."""
@@ -181,21 +203,20 @@ class FairQueue(Generic[Row]):
                 before += other.pixel_steps
         return before
 
-    def _refused(self, rows: Sequence[Row]) -> str:
+    def _refused(self, num_rows: int, name: str, priority: float) -> str:
         """Return why rows find no place; empty when they do."""
-        after, name = self._num_rows + len(rows), rows[0].key
+        after = self._num_rows + num_rows
         if after > self.max_rows:
-            return f"queue expected room for {len(rows)} pictures, found {self._num_rows} of {self.max_rows} waiting"
+            return f"queue expected room for {num_rows} pictures, found {self._num_rows} of {self.max_rows} waiting"
         held = len(self._keys[name]) if name in self._keys else 0
         if not name or not held or after <= self.max_rows / 2:
             return ""
-        priority = rows[0].priority
         others = sum(key.priority for key in self._keys.values() if len(key) and key.name != name)
         most = int(self.max_rows * priority / (2 * priority + others))
-        if held + len(rows) <= most:
+        if held + num_rows <= most:
             return ""
         return (
-            f"key expected to hold at most {most} of {self.max_rows} places, found {held} and {len(rows)} more:"
+            f"key expected to hold at most {most} of {self.max_rows} places, found {held} and {num_rows} more:"
             " the rest is left to other keys"
         )
 

@@ -33,6 +33,10 @@ class QueueFullError(RuntimeError):
 
 
 class DeadlineError(RuntimeError):
-    """A picture cannot be, or was not, ready in time; nothing is drawn for it any more."""
+    """A picture cannot be, or was not, ready in time; nothing is drawn for it any more.
+
+    `retry_after_s` says when the same request could be met, where only other requests stand in its way.
+    """
 
     exit_code = 1
+    retry_after_s: float | None = None

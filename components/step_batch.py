@@ -119,6 +119,11 @@ class StepBatchEngine:
                 raise
             self._versions.release(chosen)
 
+    def check_room(self, num_rows: int, key: str, priority: float) -> None:
+        """QueueFullError when `submit` would raise it now for so many pictures of a key."""
+        with self._lock:
+            self._loop.check_room(num_rows, key, priority)
+
     def cancel(self, request_id: str) -> bool:
         """End a request with Cancelled; its rows are gone at the next step. False when it has ended already."""
         with self._lock:

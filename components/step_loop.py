@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from components.admission import FairQueue, FairShares, Room
+from components.admission import FairQueue, FairShares, Room, check_deadline
 from components.decode_stage import DecodeStage
 from components.engine_status import EngineCounters, EngineLimits
-from components.errors import DeadlineError, InputError
+from components.errors import InputError
 from components.live_rows import AcceptedRequest, Group, LiveRow
 from components.step_times import StepTimer, StepTimes
 
@@ -71,6 +71,10 @@ class StepLoop:
         rate = self.times.rate
         return None if rate is None else self.backlog_pixel_steps / rate + self._decoder.expected_s()
 
+    def check_room(self, num_rows: int, key: str, priority: float) -> None:
+        """Under the lock: QueueFullError when so many more rows of a key would not be accepted now."""
+        self.queue.check(num_rows, key, priority, self.backlog_pixel_steps, self.backlog_s)
+
     def accept(self, accepted: AcceptedRequest) -> None:
         """Under the lock: let a request's rows wait; InputError, DeadlineError or QueueFullError if they cannot."""
         largest = max(row.pixels for row in accepted.rows)
@@ -86,15 +90,12 @@ class StepLoop:
         expected = None if limit_s is None else self.expected_s(accepted)
         if limit_s is None or expected is None:
             return
-        waiting_s, drawing_s = expected[0], expected[1] + self._decoder.expected_s(len(accepted.rows))
-        if waiting_s + drawing_s > limit_s:
-            raise DeadlineError(
-                f"deadline_s expected at least {waiting_s + drawing_s:.2f} at the measured speed ({waiting_s:.2f} s"
-                f" waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}; ask for fewer steps or a later deadline"
-            )
+        waiting_s, drawing_s, alone_s = expected
+        decode_s = self._decoder.expected_s(len(accepted.rows))
+        check_deadline(limit_s, waiting_s, drawing_s + decode_s, alone_s + decode_s)
 
-    def expected_s(self, accepted: AcceptedRequest) -> tuple[float, float] | None:
-        """Under the lock: seconds a new request would wait and draw, None before anything was measured.
+    def expected_s(self, accepted: AcceptedRequest) -> tuple[float, float, float] | None:
+        """Under the lock: seconds a new request would wait and draw, and draw alone; None before anything was measured.
 
         It takes the groups as they are now: who comes later makes it slower, who leaves faster.
         """
@@ -103,15 +104,17 @@ class StepLoop:
         own_pixels = sum(own.step_pixels for own in accepted.rows)
         full_pixels = row.step_pixels // row.call_rows * self.limits.max_batch_rows
         step_s = self.times.seconds(row.shape, min(own_pixels + (mates.step_pixels if mates else 0), full_pixels))
-        if step_s is None:
+        alone_step_s = self.times.seconds(row.shape, min(own_pixels, full_pixels))
+        if step_s is None or alone_step_s is None:
             return None
+        alone_s = row.steps_left * alone_step_s
         weights = self._weights(accepted)
         drawing_s = row.steps_left * step_s * sum(weights.values()) / weights[_group_name(row)]
         if self.room(row) is Room.YES and not len(self.queue):
-            return 0.0, drawing_s
+            return 0.0, drawing_s, alone_s
         before = self.queue.pixel_steps_before(row)
         slot_s = min((mate.steps_left for mate in mates.rows), default=0) * step_s if mates else 0.0
-        return before / (self.times.rate or 1.0) + slot_s, drawing_s
+        return before / (self.times.rate or 1.0) + slot_s, drawing_s, alone_s
 
     def _weights(self, newcomer: AcceptedRequest | None = None) -> dict[Hashable, float]:
         """Return each group's share of the steps, a newcomer's among them.

@@ -89,10 +89,13 @@ class Shared:
 
     def run(self, module: str, call: Callable[[Any, Any], dict[str, Any]]) -> None:
         """Import `flows.<module>`, make `call(module, config)` or tell its plan, print the JSON object if asked for."""
-        from flows.config import load_config
+        from flows.config import load_config, with_overrides
 
         uri = self.workspace or os.environ.get("FRESCO_WORKSPACE")
         config = load_config(self.config, self.preset, self.set, uri)
+        collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        if module == "serve" and collector and not config.serve.otlp_endpoint:
+            config = with_overrides(config, {"serve.otlp_endpoint": collector})
         stdout = _keep_stdout_clean()
         verb = importlib.import_module(f"flows.{module}")
         if self.dry_run:

@@ -19,6 +19,7 @@ from components.retouch import retouch
 from components.safety import Safety
 from components.signing_key import Signer
 from components.start_pictures import paste_kept
+from flows.phases import Stopwatch
 
 FACTS = ("model_version", "dataset", "run_id")
 """What every picture says of the weights that drew it."""
@@ -39,7 +40,14 @@ class Finisher:
             if not decision.allowed:
                 raise refused_content(decision.category, "image")
 
-    def finish(self, job: Job, pictures: Sequence[Image.Image], info: Mapping[str, Any], role: Role) -> Finished:
+    def finish(
+        self,
+        job: Job,
+        pictures: Sequence[Image.Image],
+        info: Mapping[str, Any],
+        role: Role,
+        watch: Stopwatch | None = None,
+    ) -> Finished:
         """Make the files of a request that was drawn; `info` is that of the weights that drew it."""
         pictures = [_with_kept(job, picture) for picture in pictures]
         for picture in pictures:
@@ -50,7 +58,8 @@ class Finisher:
         facts = {key: info.get(key) for key in FACTS}
         shown = [retouch(picture, job.order.postprocess) for picture in pictures]
         contents = tuple(self._file(job, row, picture, facts) for row, picture in enumerate(shown))
-        return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures)
+        phases = watch.stop() if watch is not None else ()
+        return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures, phases)
 
     def show(self, job: Job, row: int, index: int, picture: Image.Image) -> Partial | None:
         """Make the file of an unfinished picture; None where it should not be seen."""

@@ -4,7 +4,6 @@ The replica names `make_painter` as its factory. Which weights draw a job is `sw
 picture `finish.Finisher`'s. Prompts are judged and encoded in the thread that submits.
 """
 
-import math
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -31,14 +30,13 @@ from flows.config import Config
 from flows.finish import Finisher
 from flows.loaded_model import LateEncoder, model_arguments
 from flows.models import ResolvedModel
+from flows.phases import Stopwatch
+from flows.refusals import UNKNOWN_RETRY_AFTER_S, failure, queue_full, shutting_down, unmet_deadline
 from flows.shadow import Shadows
 from flows.swap import WARM_UP, Lineup, Loaded, VersionSettings, can_draw, warm_up_row
 
 FACTORY = "flows.paint:make_painter"
 WARM_UP_LIMIT_S = 120.0
-MOST_RETRY_AFTER_S = 60
-"""The OpenAI client does not wait longer by itself."""
-UNKNOWN_RETRY_AFTER_S = 2
 CANCELLED_STATUS = 499
 
 
@@ -78,6 +76,13 @@ class EnginePainter:
             raise TimeoutError(f"a first picture expected within {WARM_UP_LIMIT_S:.0f} s, found none")
         if isinstance(last[0], Failed):
             raise last[0].error
+
+    def check(self, job: Job) -> None:
+        """Refuse a job for which the queue has no room, before anybody decodes its picture."""
+        try:
+            self.engine.check_room(len(job.order.rows), job.key, job.order.weight)
+        except QueueFullError as error:
+            raise self._refusal(error) from error
 
     def submit(self, job: Job, receive: Receiver) -> None:
         """Accept a job; ApiError for what the safety stage or the engine refuses, SwappingError while it must wait."""
@@ -125,8 +130,12 @@ class EnginePainter:
         self.engine.close()
 
     def _hand_over(self, job: Job, chosen: Loaded, role: Role, receive: Receiver) -> None:
+        watch = Stopwatch() if job.timed else None
+
         def put(event: Event) -> None:
-            make = self._maker(job, role, event)
+            if watch is not None:
+                watch.hear(event)
+            make = self._maker(job, role, event, watch)
             if make is not None:
                 receive(make)
 
@@ -145,18 +154,18 @@ class EnginePainter:
         challenger = self.lineup.challenger
         return challenger.name if challenger is not None and can_draw(challenger, job) else None
 
-    def _maker(self, job: Job, role: Role, event: Event) -> MakeEvent | None:
+    def _maker(self, job: Job, role: Role, event: Event, watch: Stopwatch | None) -> MakeEvent | None:
         """Return what makes an event of the routes of one of the engine; None where they have none."""
         if isinstance(event, Done):
             self._tallies.done(role, event.waited_s + event.drawn_s)
             # Taken here and now: a version that has ended is forgotten.
             info = self.lineup.facts(event.version)
-            return partial(self._finisher.finish, job, event.pictures, info, role)
+            return partial(self._finisher.finish, job, event.pictures, info, role, watch)
         if isinstance(event, PartialPicture):
             return partial(self._finisher.show, job, event.row, event.index, event.picture)
         if isinstance(event, Failed):
             self._tallies.ended(role, "failed")
-            return partial(_raise, self._failure(event.error))
+            return partial(_raise, failure(event.error))
         if isinstance(event, Cancelled):
             self._tallies.ended(role, "cancelled")
             return partial(_raise, once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled"))
@@ -164,23 +173,14 @@ class EnginePainter:
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, QueueFullError):
-            seconds = _retry_after_s(error.retry_after_s)
-            return later(429, f"{error} (serve.max_queue), in {seconds} s", "queue_full", seconds)
+            return queue_full(error)
         if isinstance(error, DeadlineError):
-            return ApiError(str(error), "deadline_s", "deadline_too_short")
+            return unmet_deadline(error)
         if self.engine.broken is not None:
             return later(503, self.problem(), "model_failed", UNKNOWN_RETRY_AFTER_S)
         if self._ending:
-            return _shutting_down()
+            return shutting_down()
         return ApiError(str(error), code="invalid_value")
-
-    def _failure(self, error: Exception) -> ApiError:
-        """What ends a request that was accepted; a client must not ask for the same work again by itself."""
-        if isinstance(error, DeadlineError):
-            return once(504, str(error), "deadline_exceeded")
-        if isinstance(error, InterruptedError):
-            return _shutting_down()
-        return once(500, f"drawing failed: {type(error).__name__}: {error}", "drawing_failed")
 
 
 def painter_arguments(
@@ -261,15 +261,8 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         priority=order.weight,
         deadline_s=order.deadline_s,
         partial_images=order.partial_images if order.stream else 0,
+        progress=job.timed,
     )
-
-
-def _retry_after_s(seconds: float | None) -> int:
-    return min(MOST_RETRY_AFTER_S, max(1, math.ceil(seconds))) if seconds is not None else UNKNOWN_RETRY_AFTER_S
-
-
-def _shutting_down() -> ApiError:
-    return later(503, "the endpoint is ending; ask again", "shutting_down", UNKNOWN_RETRY_AFTER_S)
 
 
 def _raise(error: ApiError) -> PaintEvent:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -232,6 +233,8 @@ def test_full_queue_is_429_with_the_measured_backlog(client: openai.OpenAI, tiny
     limits = LIMITS.model_copy(update={"max_queue": 4, "max_batch_rows": 2, "capture_share": 0.0})
     with endpoint(tiny_base, tmp_path, limits) as full, httpx.Client(trust_env=False) as http:
         route = f"{full.url}/v1/images/generations"
+        edits = f"{full.url}/v1/images/edits"
+        file = {"image": ("a.png", b"no picture")}
         with held_step(full.engine) as entered:
             body = {"prompt": "x", "n": 4, "size": "32x32", "steps": LONG, "stream": True}
             with http.stream("POST", route, json=body) as busy:
@@ -239,17 +242,30 @@ def test_full_queue_is_429_with_the_measured_backlog(client: openai.OpenAI, tiny
                 # One guided row fits the batch, three wait, and none has made a step.
                 backlog = 4 * LONG * 2 * 32 * 32
                 full.engine._loop.times = StepTimes()
-                for _ in range(2):
-                    full.engine._loop.times.observe("measured", backlog, 29.5)
+                for pixels in (backlog, backlog, backlog // 2):  # the first one is not counted
+                    full.engine._loop.times.observe("measured", pixels, 29.5 * pixels / backlog)
                 refused = http.post(route, json={"prompt": "x", "n": 4})
                 late = http.post(route, json={"prompt": "x", "deadline_s": 0.001})
+                busy_late = http.post(route, json={"prompt": "x", "deadline_s": 2.0})
+                unread = http.post(edits, data={"prompt": "x", "n": "4"}, files=file)
+                too_many = http.post(edits, data={"prompt": "x", "n": "5"}, files=file)
                 assert busy.status_code == 200
+        wait_for(lambda: not full.engine.status().live_rows)
+        broken = http.post(edits, data={"prompt": "x", "n": "4"}, files=file)
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["type"]) == (429, "queue_full", "rate_limit_error")
     assert refused.headers["retry-after"] == "30" and "serve.max_queue" in error["message"]
     assert f"({backlog} pixel-steps, about 29.5 s)" in error["message"]
     assert late.status_code == 400 and "s waiting" in late.json()["error"]["message"]
-    assert late.json()["error"]["param"] == "deadline_s"
+    assert (late.json()["error"]["param"], late.json()["error"]["code"]) == ("deadline_s", "deadline_too_short")
+    # A picture of two steps takes milliseconds alone, and seconds behind thousands of steps.
+    error = busy_late.json()["error"]
+    assert (busy_late.status_code, error["code"], error["param"]) == (429, "queue_too_long", "deadline_s")
+    assert 1 <= int(busy_late.headers["retry-after"]) <= 60 and "others are at work" in error["message"]
+    assert busy_late.headers["x-should-retry"] == "false", "a repetition comes after the time that the user named"
+    assert unread.status_code == 429, "no room is said before anybody looks at the picture"
+    assert too_many.status_code == 400 and too_many.json()["error"]["param"] == "n"
+    assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_image"
 
 
 def test_deadline_that_passes_is_504_and_not_asked_again(
@@ -270,6 +286,58 @@ def test_deadline_that_passes_is_504_and_not_asked_again(
     asking.join(60)
     assert (ended[0].status_code, ended[0].code) == (504, "deadline_exceeded")
     assert ended[0].response.headers["x-should-retry"] == "false"
+
+
+def told_of(served: Endpoint, name: str) -> dict[str, Any]:
+    """The request log's line of a request, and its status among the metrics."""
+    path = served.desk.folder / "serving" / "requests-local.jsonl"
+    found: list[dict[str, Any]] = []
+
+    def logged() -> bool:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[:] = [line for line in lines if line["request_id"] == name]
+        return bool(found)
+
+    wait_for(logged)
+    return found[0]
+
+
+def count_of(served: Endpoint, series: str) -> float:
+    lines = served.desk.metrics.exposition().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(series))
+
+
+@pytest.mark.parametrize(("ending", "status"), [("drawing_failed", 500), ("request_cancelled", 499)])
+def test_error_in_the_middle_of_a_stream_reaches_client_log_and_metrics(
+    served: Endpoint, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, ending: str, status: int
+) -> None:
+    version: Any = served.engine._versions.newest
+    predict, name = version.predict, f"stream-{ending}"
+    series = f'fresco_requests_total{{replica="local",route="/v1/images/generations",status="{status}"}}'
+    before = (count_of(served, series), count_of(served, f'fresco_refused_total{{reason="{ending}"'))
+    begun = threading.Event()
+
+    def fail(*arguments: Any) -> Any:
+        if begun.is_set():
+            raise ValueError("a bad denoiser")
+        return predict(*arguments)
+
+    if status == 500:
+        monkeypatch.setattr(version, "predict", fail)
+    more: Any = {"extra_headers": {"x-request-id": name}, "extra_body": {"steps": 300}}
+    events = client.images.generate(prompt="x", stream=True, partial_images=3, **more)
+    assert next(events).type == "image_generation.partial_image"
+    begun.set()
+    if status == 499:
+        httpx.delete(f"{served.url}/v1/requests/{name}", trust_env=False)
+    with pytest.raises(openai.APIError) as caught:
+        list(events)
+    assert caught.value.code == ending and events.response.status_code == 200
+    assert caught.value.body and "message" in caught.value.body  # type: ignore[operator]
+    line = told_of(served, name)
+    assert (line["status"], line["code"]) == (status, ending) and "rows" not in line and "gone" not in line
+    after = (count_of(served, series), count_of(served, f'fresco_refused_total{{reason="{ending}"'))
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
 
 
 def test_refused_prompts_and_pictures_are_policy_violations(tiny_base: Path, tmp_path: Path) -> None:

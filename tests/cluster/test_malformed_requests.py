@@ -59,6 +59,8 @@ def with_text_bomb() -> bytes:
     return whole[:33] + chunk + whole[33:]
 
 
+KEPT = "ffffffff-" + "a" * 32 + ".png"
+"""The form of a picture's name; none is kept under it."""
 PICTURE, PROMPT = part("image", png(), "a.png"), part("prompt", b"x")
 BODIES: list[Any] = [
     *(None, 5, "text", [], [{}], {}, {"prompt": None}, {"prompt": ""}, {"prompt": {}}, {"prompt": ["x"]}),
@@ -74,6 +76,19 @@ BODIES: list[Any] = [
     *({"prompt": "x", "guidance_scale": scale} for scale in (-1, 31, "3", [])),
     *({"prompt": "x", "response_format": kind} for kind in ("png", 5, "URL", ["url"])),
     *({"prompt": "x", "output_format": kind} for kind in ("gif", "PNG", 1)),
+    # Texts that look like others, lie about their length, or end where half a letter is.
+    *({"prompt": "x", "size": size} for size in ("64\u00d764", "\u0666\u0664x64", "64x64\u202e", "\ufeff64x64")),
+    *({"prompt": prompt} for prompt in ("\ud83d", "x\udc00", "\u0000", "\u0301" * 2001, "\U0001f468\u200d" * 1001)),
+    *({"prompt": "x", name: 1} for name in ("\uff4e", "se\u0435d", "steps ", "N")),
+    # Addresses are made here, never taken: no field leads to a file or to another host.
+    *(
+        {"prompt": "x", field: value}
+        for field, value in (
+            *(("url", "file:///etc/passwd"), ("url", "../../etc/passwd"), ("image_url", "http://169.254.169.254/")),
+            *(("response_format", "url/../x"), ("response_format", "file:///tmp"), ("model", "models:/fresco/../4")),
+            *(("model", "../../etc/passwd"), ("model", "s3://bucket/key"), ("output_format", "../png")),
+        )
+    ),
     *(
         {"prompt": "x", **more}
         for more in ({"stream": "yes"}, {"model": "dall-e-3"}, {"model": 5}, {"scheduler": "magic"})
@@ -168,6 +183,15 @@ def test_malformed_body_is_refused_in_openai_shape_within_a_second(client: TestC
             ("GET", f"/v1/pictures/{name}")
             for name in ("x", "..%2f..%2fetc%2fpasswd", "%2e%2e%5c", "a%00b", "☀" * 99, "")
         ),
+        # A name of the right form and length, with a way out of the folder before, inside or after it.
+        *(
+            ("GET", f"/v1/pictures/{name}")
+            for name in (
+                *(f"%2e%2e/{KEPT}", f"..%2f{KEPT}", f"%252e%252e%252f{KEPT}", f"{KEPT}%00.png", f"{KEPT}/..%2fkeys"),
+                *(f"%5c..%5c{KEPT}", f"{KEPT}%0a", f"file:%2f%2f{KEPT}", KEPT.replace("a", "%2f", 1), KEPT + ".json"),
+            )
+        ),
+        *(("DELETE", f"/v1/requests/{name}") for name in ("..%2f..", "%00", "x" * 5000, "☀")),
     ],
 )
 def test_wrong_address_or_method_is_refused_in_openai_shape(client: TestClient, method: str, path: str) -> None:

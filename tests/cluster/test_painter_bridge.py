@@ -58,6 +58,10 @@ class HeldPainter:
     def numbers(self) -> dict[str, Any]:
         return {}
 
+    def check(self, job: Job) -> None:
+        if job.request_id == "no room!":
+            raise ApiError("full")
+
     def submit(self, job: Job, receive: Receiver) -> None:
         self.entered.set()
         assert self.gate.wait(30)
@@ -152,6 +156,18 @@ def test_painter_with_a_missing_factory_says_why(capfd: pytest.CaptureFixture[st
     with closing(PainterBridge("no_such_module:make", {})) as bridge:
         wait_for(lambda: bridge.state == "failed")
         assert "no_such_module" in bridge.error and bridge.info == {}
+
+
+def test_check_refuses_what_submit_would_and_accepts_nothing(bridge: PainterBridge, held: HeldPainter) -> None:
+    async def work() -> None:
+        await bridge.check(job("first"))
+        with pytest.raises(ApiError, match="full"):
+            await bridge.check(job("no room!"))
+        with closing(await bridge.submit(job("first"))), pytest.raises(ApiError, match="at work"):
+            await bridge.check(job("first"))
+
+    run(work())
+    assert held.cancelled == ["first"] and not bridge._keys
 
 
 def test_refusal_reaches_the_caller_and_leaves_no_name_behind(bridge: PainterBridge) -> None:

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 from fastapi import FastAPI, Request
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from cluster.api_errors import install_handlers, later
+from cluster.proxy_face import around_proxy
 from cluster.request_ids import RequestIds, request_id_of
 
 
@@ -49,3 +52,20 @@ def test_name_of_another_form_is_replaced(client: TestClient, name: str) -> None
 def test_refusals_and_crashes_are_named_too(client: TestClient, path: str, status: int) -> None:
     answer = client.get(path)
     assert answer.status_code == status and answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our Serve", "a Serve that ran before"])
+@pytest.mark.parametrize("asked", [None, "my-own_Name-01", "not a name!"])
+def test_answer_is_named_once_behind_serves_proxy(ours: bool, asked: str | None) -> None:
+    from ray.serve._private.http_util import _apply_middlewares
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse(request_id_of(Request(scope)))(scope, receive, send)
+
+    proxy = _apply_middlewares(RequestIds(replica, within_serve=True), around_proxy() if ours else [])  # type: ignore[arg-type]
+    headers = {} if asked is None else {"x-request-id": asked}
+    answer = TestClient(proxy).get("/", headers=headers)
+    (named,) = answer.headers.get_list("x-request-id")
+    # A Serve that somebody else started repeats whatever a client sent; requests are never called that here.
+    assert named == ("not a name!" if asked == "not a name!" and not ours else answer.text)
+    assert asked != "my-own_Name-01" or named == asked

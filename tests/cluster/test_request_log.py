@@ -45,9 +45,8 @@ def test_names_cannot_break_a_line() -> None:
 def test_what_is_logged_has_no_place_for_a_prompt() -> None:
     told = {field.name for field in fields(EndedRequest)}
     assert told == {"request_id", "method", "route", "status", "seconds", "code", "gone", "bytes_in", "bytes_out"} | {
-        "rows",
-        "version",
-        "key",
+        *("rows", "version", "key"),
+        *("began", "phases", "trace"),  # times, and ids of the client's trace
     }
 
 

@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from cluster.api_errors import ApiError, install_handlers
+from cluster.api_errors import ApiError, install_handlers, once
 from cluster.body_limit import BodyLimit, Limit
 from cluster.request_ids import RequestIds
-from cluster.request_watch import GONE_STATUS, EndedRequest, RequestWatch, code_of, note
+from cluster.request_watch import GONE_STATUS, EndedRequest, RequestWatch, code_of, note, note_error
 
 AFTER_S = 0.1
 
@@ -44,6 +45,14 @@ def make_app(ended: list[EndedRequest], began: list[int]) -> ASGIApp:
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> dict[str, str]:
         return {"id": model_id}
+
+    @app.get("/broken-stream")
+    async def broken(request: Request) -> StreamingResponse:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"12345"
+            note_error(request, once(504, "too late", "deadline_exceeded"))
+
+        return StreamingResponse(parts())
 
     @app.get("/stream")
     async def stream() -> StreamingResponse:
@@ -111,6 +120,19 @@ def test_stream_is_counted_and_timed_to_its_last_byte() -> None:
     start = time.monotonic()
     served = ask("GET", "/stream")
     assert served.bytes_out == 15 and served.seconds <= time.monotonic() - start - AFTER_S
+
+
+def test_stream_that_ends_in_an_error_is_told_with_its_status_and_code() -> None:
+    ended: list[EndedRequest] = []
+    with TestClient(make_app(ended, [])) as client:
+        assert client.get("/broken-stream").status_code == 200
+    (served,) = ended
+    assert (served.status, served.code, served.gone) == (504, "deadline_exceeded", False)
+
+
+def test_trace_headers_are_told_and_no_others() -> None:
+    headers = {"traceparent": "00-a-b-01", "tracestate": "x=1", "authorization": "Bearer secret"}
+    assert ask("GET", "/stream", headers=headers).trace == {"traceparent": "00-a-b-01", "tracestate": "x=1"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from openai.types import image_gen_completed_event as completed_event
 from openai.types import image_gen_partial_image_event as partial_event
 
 from cluster import sse
-from cluster.api_errors import once
+from cluster.api_errors import ApiError, once
 from cluster.sse import PictureEvents, stream, write_event
 
 EVENTS = PictureEvents("image_generation", "16x24", "png", {"request_id": "req-1", "note": "emblème\n\ndata: x"})
@@ -130,17 +130,19 @@ def test_long_wait_is_bridged_by_heartbeats_that_the_client_skips(monkeypatch: p
 
 def test_bug_in_the_source_is_told_and_not_hidden() -> None:
     sent: list[bytes] = []
+    told: list[ApiError] = []
 
     async def events() -> AsyncIterator[bytes]:
         yield b"first"
         raise ZeroDivisionError("about a secret prompt")
 
     async def read() -> None:
-        async for part in stream(events()).body_iterator:
+        async for part in stream(events(), on_error=told.append).body_iterator:
             sent.append(part)  # type: ignore[arg-type]
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(read())
+    assert [(error.status, error.code) for error in told] == [(500, "internal_error")]
     assert len(sent) == 2 and b'"code":"internal_error"' in sent[1] and b"secret" not in sent[1]
 
 

@@ -44,7 +44,8 @@ class Edits:
 
         @self.app.post(ROUTE)
         async def edit(request: Request) -> dict[str, Any]:
-            self.body, self.upload = await read_edit(request, LIMITS)
+            self.body, files = await read_edit(request, LIMITS)
+            self.upload = await files.decode(LIMITS.max_upload_pixels)
             return {"created": 1, "data": []}
 
     def ask(self, **content: Any) -> httpx.Response:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from components.admission import FairQueue, FairShares, Room
-from components.errors import QueueFullError
+from components.admission import FairQueue, FairShares, Room, check_deadline
+from components.errors import DeadlineError, QueueFullError
 
 
 @dataclass(frozen=True)
@@ -225,3 +225,30 @@ def test_a_group_that_comes_later_neither_waits_nor_catches_up() -> None:
         shares.charge(name, 10, 1.0)
         first.append(name)
     assert Counter(first) == {"old": 10, "new": 10}
+
+
+def test_room_is_refused_with_the_seconds_until_there_is_some() -> None:
+    queue: FairQueue[Row] = FairQueue(5)
+    queue.check(5, "", 1.0)
+    with pytest.raises(
+        QueueFullError, match=r"room for 6 pictures, found 0 of 5 .*100 pixel-steps, about 2\.0 s"
+    ) as full:
+        queue.check(6, "", 1.0, 100, 2.0)
+    assert full.value.retry_after_s == 2.0
+    with pytest.raises(QueueFullError, match="not measured yet") as unknown:
+        queue.check(6, "", 1.0)
+    assert unknown.value.retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "waiting_s", "drawing_s", "alone_s", "retry_after_s"),
+    [(5.0, 4.0, 3.0, 2.0, 2.0), (2.0, 0.0, 6.0, 2.0, 4.0), (1.9, 4.0, 3.0, 2.0, None), (1.9, 0.0, 2.0, 2.0, None)],
+)
+def test_deadline_is_refused_for_now_where_alone_it_could_be_met(
+    limit_s: float, waiting_s: float, drawing_s: float, alone_s: float, retry_after_s: float | None
+) -> None:
+    with pytest.raises(DeadlineError, match=rf"{waiting_s:.2f} s waiting, {drawing_s:.2f} s drawing") as refused:
+        check_deadline(limit_s, waiting_s, drawing_s, alone_s)
+    assert refused.value.retry_after_s == retry_after_s
+    assert ("others are at work" in str(refused.value)) == (retry_after_s is not None)
+    check_deadline(waiting_s + drawing_s, waiting_s, drawing_s, alone_s)

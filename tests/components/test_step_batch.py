@@ -404,6 +404,24 @@ def test_deadlines_are_refused_early_by_the_measured_speed_and_kept_when_they_pa
     desk.engine.close()
 
 
+def test_deadline_that_only_others_stand_in_the_way_of_says_when_to_come_again() -> None:
+    desk = Desk(make("epsilon"), max_batch_rows=2)
+    desk.ask("busy", picture(steps=500))
+    desk.engine.step()
+    desk.engine.step()
+    desk.ask("waiting", picture(steps=500))
+    with pytest.raises(DeadlineError, match="others are at work") as refused:
+        # Four steps alone take a hundredth of the thousand that come before them.
+        desk.ask("hurried", picture(), deadline_s=100 * (desk.engine._loop.times.seconds(None, 1) or 0))
+    assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 0
+    desk.engine.cancel("busy")
+    desk.engine.cancel("waiting")
+    desk.engine.step()
+    desk.ask("hurried", picture(), deadline_s=100 * (desk.engine._loop.times.seconds(None, 1) or 0))
+    desk.engine.cancel("hurried")
+    desk.engine.close()
+
+
 def test_what_can_never_be_drawn_is_refused_at_once() -> None:
     desk = Desk(make("epsilon"), max_live_pixels=16 * 32)
     for words, ask in {

@@ -19,6 +19,7 @@ DATASET, BASE = "emblems@0123456789ab", "ba5e00000000"
 OTHER: dict[str, Any] = {
     "serve.safety_options": {"threshold": 0.3},
     "serve.min_replicas": 0,
+    "serve.otlp_endpoint": "http://collector:4318",
     "serve.row_buckets": [2, 8],
     "train.freezing": "denoiser",
     "train.learning_rate.denoiser": 0.5,

@@ -152,3 +152,16 @@ def test_detached_server_serves_says_so_and_ends(config: Config, make_run, tmp_p
     assert not process_is(lease.pid, lease.pid_started)
     assert readiness(answer["url"]) is None
     assert not (open_workspace(config.workspace).root / "endpoint.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [([], "http://env:4318"), (["--set", "serve.otlp_endpoint=http://own:1"], "")]
+)
+def test_collector_comes_from_the_environment_unless_the_config_names_one(
+    tmp_path: Path, more: list[str], told: str
+) -> None:
+    command = [sys.executable, "-m", "flows", "serve", "--dry-run", "--json", "--workspace", str(tmp_path), *more]
+    env = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://env:4318"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["config"]["serve"]["otlp_endpoint"] == (told or "http://own:1")
