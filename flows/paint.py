@@ -172,7 +172,7 @@ class EnginePainter:
             if not decision.allowed:
                 raise refused_content(decision.category)
         shown = [retouch(picture, job.order.postprocess) for picture in pictures]
-        contents = tuple(self._file(job, row, picture, facts) for row, picture in enumerate(shown))
+        contents = tuple(self._file(job, row, picture, facts, retouched=True) for row, picture in enumerate(shown))
         return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures)
 
     def _show(self, job: Job, event: PartialPicture) -> PaintEvent | None:
@@ -181,11 +181,13 @@ class EnginePainter:
             return None  # the finished picture is judged by itself
         return Partial(event.row, event.index, self._file(job, event.row, picture, {}))
 
-    def _file(self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
+    def _file(
+        self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any], retouched: bool = False
+    ) -> bytes:
         order, row = job.order, job.order.rows[index]
         drawn_as = {key: row[key] for key in ("seed", "steps", "guidance_scale")}
         every = {**facts, "request_id": job.request_id, **drawn_as}
-        if order.postprocess:
+        if retouched and order.postprocess:
             every["postprocess"] = ", ".join(order.postprocess)
         return encode(picture, order.output_format, order.quality, every, self._signer)
 
