@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.answers import answer, headers_of, write_events
-from cluster.api_errors import ApiError, ErrorBody, once
+from cluster.api_errors import MOST_NAME_CHARS, ApiError, ErrorBody, once
 from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
 from cluster.capture import Capture, Served, open_capture
@@ -84,7 +84,8 @@ class Desk:
         """ApiError 404 for a model that is not served here."""
         served = (self.name, f"models:/{self.name}/{self.bridge.info.get('model_version')}")
         if asked is not None and asked not in served:
-            message = f"model expected to be {' or '.join(served)}, found {asked!r}: this endpoint serves one model"
+            found = asked[:MOST_NAME_CHARS]
+            message = f"model expected to be {' or '.join(served)}, found {found!r}: this endpoint serves one model"
             raise ApiError(message, "model", "model_not_found", 404)
 
     async def capture(self, job: Job, finished: Finished, began: float) -> None:

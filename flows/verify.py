@@ -1,8 +1,8 @@
 """fresco verify: is this picture one that an endpoint of this workspace drew, and is it unchanged?
 
 Trusts the public keys in the workspace's `keys` folder, or the one given with --key. The verdict is the answer, not the
-exit code: a changed picture is a completed check. What a file that is not valid says of itself may come from anybody: it
-is told as a claim, and nothing from a file can move the cursor or look like a line of ours.
+exit code: a changed picture is a completed check. What a file that is not valid says of itself may come from anybody:
+it is told as a claim, and nothing from a file can move the cursor or look like a line of ours.
 """
 
 from dataclasses import asdict
