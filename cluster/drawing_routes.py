@@ -69,12 +69,14 @@ class Desk:
     """The workspace's."""
     replica: str = "local"
     """Name of this replica in metrics and log."""
+    application: str = "fresco"
+    """Of Ray Serve: one that is tried beside the one that serves (`fresco promote`) keeps its files apart."""
     pictures: PictureStore = field(init=False)
     _capture: Capture | None = None
 
     def __post_init__(self) -> None:
         self.pictures = open_pictures(self.limits, Workspace(self.folder).pictures)
-        serving = self.folder / "serving"
+        serving = self.folder / "serving" / self.application
         self.metrics = ServeMetrics(self.replica, self.bridge.numbers)
         self.metric_files = MetricFiles(serving / "metrics", self.metrics)
         self.metric_files.start()

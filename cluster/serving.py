@@ -56,8 +56,9 @@ class ImagesReplica:
         from cluster.drawing_routes import Desk
 
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
-        name = serve.get_replica_context().replica_id.unique_id
-        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), name)
+        context = serve.get_replica_context()
+        names = (context.replica_id.unique_id, context.app_name)
+        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), *names)
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         from cluster.images_api import make_app
