@@ -35,7 +35,7 @@ def desk(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def ask(desk: Desk, method: str, path: str, **content: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app=make_app(desk), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **content)
 
     return asyncio.run(send())
