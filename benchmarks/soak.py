@@ -1,9 +1,9 @@
 """Does the endpoint stay right while everything happens to it? `make soak` (10 minutes, or `--minutes`).
 
-Poisson load on `fresco serve`, of which a tenth hangs up; the champion moves 20 times between three versions; the
-replica is ended with SIGKILL every minute. Afterwards pictures are drawn again by the sampler from the version and seed
-that their answers name, and every request's story is judged (`soak_checks`). Exit code 1 when a claim does not hold, or
-when the endpoint does not offer what a claim is about: that is printed, not left out.
+Poisson load on `fresco serve` with two replicas, of which a tenth hangs up; the champion moves 20 times between three
+versions; a replica is ended with SIGKILL every minute. Afterwards pictures are drawn again by the sampler from the
+version and seed that their answers name, and every request's story is judged (`soak_checks`). Exit code 1 when a claim
+does not hold, or when the endpoint does not offer what a claim is about: that is printed, not left out.
 """
 
 import argparse
@@ -17,23 +17,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.serve_endpoint import Running, end_cleanly, promote, register_copies, replicas, resident_bytes, served
 from benchmarks.serve_requests import largest_difference, plan_requests, rows_of
 from benchmarks.soak_checks import MOST_DIFFERENCE, Check, Kill, Log, Sample, Swap, judge, summary
 from benchmarks.soak_traffic import Story, send_traffic
+from cluster.metric_files import EVERY_S
 from cluster.placement import ServeSection
-from cluster.serving import APPLICATION, readiness
+from cluster.serving import APPLICATION
 from components.models import load_parts
 from components.sampler import draw
+from components.signing_key import read_public_keys
 from flows.config import Config
 from flows.console import say, step
 from flows.models import open_registry
 
-ROUTE = "/v1/images/generations"
 COPIES = (0, 1, 2)
 """The base and two perturbed copies of it."""
 RUDE_SHARE = 0.1
@@ -41,6 +45,7 @@ DRAWN_AGAIN = 90
 SAMPLE_EVERY_S = 5.0
 BACK_LIMIT_S = 90.0
 POLL_S = 0.25
+ASK_LIMIT_S = 10.0
 END_LIMIT_S = 20.0
 
 
@@ -52,6 +57,7 @@ class Plan:
     swaps: int
     kill_every_s: float
     rate_per_s: float
+    replicas: int
     seed: int
 
 
@@ -62,30 +68,33 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--kill-every-s", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second; fewer than the machine can draw")
+    parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    plan = Plan(60 * asked.minutes, asked.swaps, asked.kill_every_s, asked.rate, asked.seed)
+    plan = Plan(60 * asked.minutes, asked.swaps, asked.kill_every_s, asked.rate, asked.replicas, asked.seed)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory(prefix="fresco-soak-") as folder:
-        config = Config(workspace=str(Path(folder) / "workspace"), serve=ServeSection(max_queue=256))
+        settings = ServeSection(max_queue=256, min_replicas=plan.replicas, max_replicas=plan.replicas)
+        config = Config(workspace=str(Path(folder) / "workspace"), serve=settings)
         step("registering three versions and starting the endpoint")
         versions = register_copies(config, COPIES)
         end_cleanly()
         with served(config) as running:
             log = asyncio.run(disturb(config, running, plan, list(versions)))
             alive = psutil.Process(running.pid).children(recursive=True)
+        keys = read_public_keys(Path(config.workspace) / "keys")
         left_behind = len(psutil.wait_procs(alive, END_LIMIT_S)[1])
         print("\n| the run | |\n|---|---|")
         for name, value in summary(log).items():
             print(f"| {name} | {value} |", flush=True)
         step("drawing a sample of the pictures again")
         redrawn = draw_again(log.stories, versions, plan.seed)
-    return 0 if show(judge(log, redrawn, left_behind)) else 1
+    return 0 if show(judge(log, redrawn, keys, left_behind)) else 1
 
 
 async def disturb(config: Config, running: Running, plan: Plan, versions: Sequence[int]) -> Log:
     """Send the load; swap, kill and watch beside it until every request has its end."""
-    log = Log()
+    log = Log(replicas=plan.replicas)
     arrivals = plan_requests(max(1, round(plan.seconds * plan.rate_per_s)), plan.rate_per_s, plan.seed)
     arrivals = [arrival for arrival in arrivals if arrival.due_s < plan.seconds]
     step(f"{plan.seconds / 60:g} minutes: {len(arrivals)} requests, {plan.swaps} swaps")
@@ -95,8 +104,11 @@ async def disturb(config: Config, running: Running, plan: Plan, versions: Sequen
     ]
     watching = asyncio.create_task(watch_memory(running, log))
     try:
-        await send_traffic(running.url + ROUTE, arrivals, RUDE_SHARE, plan.seed, log.stories)
+        await send_traffic(running.url, arrivals, RUDE_SHARE, plan.seed, log.stories)
         await asyncio.gather(*around)
+        if watching.done():
+            watching.result()  # it ends by an error only
+        log.rows_left = await asyncio.to_thread(rows_at_work, running.url)
     finally:
         for task in (*around, watching):
             task.cancel()
@@ -116,37 +128,54 @@ async def swap_champions(config: Config, plan: Plan, versions: Sequence[int], lo
 
 
 async def kill_replicas(running: Running, plan: Plan, log: Log) -> None:
-    """End the replica every so often; the last one long enough before the end that it can come back."""
-    start, number = time.monotonic(), 1
+    """End a replica every so often; the last one long enough before the end that it can come back."""
+    start, number, chance = time.monotonic(), 1, random.Random(plan.seed)
     while plan.kill_every_s > 0 and number * plan.kill_every_s < plan.seconds - plan.kill_every_s / 3:
         await asyncio.sleep(max(0.0, start + number * plan.kill_every_s - time.monotonic()))
         number += 1
-        victims = replicas(running.pid, APPLICATION)
+        known = await asyncio.to_thread(ready_replicas, running.url)
+        if len(known) < plan.replicas:
+            raise RuntimeError(f"{plan.replicas} ready replicas expected before a kill, found {sorted(known)}")
+        victim = chance.choice(replicas(running.pid, APPLICATION))
         at = time.monotonic()
-        for victim in victims[:1]:
-            with suppress(psutil.NoSuchProcess):
-                victim.kill()
-        back = await _ready_again(running.url, at)
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+        back = await _replaced(running.url, known, at)
         log.kills.append(Kill(at, back))
-        say(f"  replica killed, {'not back' if back is None else f'ready again after {back - at:.1f} s'}")
+        say(f"  replica killed, {'not replaced' if back is None else f'replaced after {back - at:.1f} s'}")
 
 
-async def _ready_again(url: str, killed_at: float) -> float | None:
-    """Wait for another replica; the proxy may still answer for the dead one's sake, so look for its end first."""
-    gone = False
+async def _replaced(url: str, known: set[str], killed_at: float) -> float | None:
+    """Wait for a replica that was not there before and has drawn."""
     while time.monotonic() - killed_at < BACK_LIMIT_S:
-        status = await asyncio.to_thread(readiness, url)
-        ready = status is not None and status["status"] == "ready"
-        gone = gone or not ready
-        # A replacement cannot import its libraries in a second: whoever is ready this early is the old answer.
-        if ready and (gone or time.monotonic() - killed_at > 1.0):
+        if known and await asyncio.to_thread(ready_replicas, url) - known:
             return time.monotonic()
         await asyncio.sleep(POLL_S)
     return None
 
 
+def ready_replicas(url: str) -> set[str]:
+    """Return the names of the replicas that say in the endpoint's metrics that they are ready."""
+    return {sample.labels["replica"] for sample in scrape(url, "fresco_ready") if sample.value == 1}
+
+
+def rows_at_work(url: str) -> float:
+    """Return how many rows are drawn or wait; replicas write down theirs every few seconds."""
+    time.sleep(2 * EVERY_S)
+    return sum(sample.value for name in ("fresco_live_rows", "fresco_waiting_rows") for sample in scrape(url, name))
+
+
+def scrape(url: str, name: str) -> list[Any]:
+    """Return the samples of one family of the endpoint's metrics, none when it does not answer."""
+    try:
+        text = httpx.get(f"{url}/metrics", timeout=ASK_LIMIT_S, trust_env=False).text
+    except httpx.HTTPError:
+        return []
+    return [s for family in text_string_to_metric_families(text) if family.name == name for s in family.samples]
+
+
 async def watch_memory(running: Running, log: Log) -> None:
-    """Keep the resident memory of the replica and of all other processes of the endpoint, every few seconds."""
+    """Keep the resident memory of the replicas and of all other processes of the endpoint, every few seconds."""
     while True:
         with suppress(psutil.NoSuchProcess):
             serving = psutil.Process(running.pid)
@@ -162,7 +191,7 @@ def draw_again(stories: Sequence[Story], versions: Mapping[int, Path], seed: int
 
     Also shows that the comparison could fail: another version draws other pictures.
     """
-    drawn = [story for story in stories if story.drawn]
+    drawn = [story for story in stories if story.drawn and story.form != "edit"]
     chosen = random.Random(seed).sample(drawn, min(DRAWN_AGAIN, len(drawn)))
     parts = {version: load_parts(directory) for version, directory in versions.items()}
     differences, alike = [], 0

@@ -5,8 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from benchmarks.serve_requests import slope_per_1000
 from benchmarks.soak_traffic import Attempt, Story
+from components.provenance import verify
 
 SETTLED_S = 15.0
 """A request that begins later than this after a swap must not be drawn by the version before."""
@@ -19,7 +22,7 @@ MOST_DIFFERENCE = 1
 
 @dataclass(frozen=True)
 class Kill:
-    """A replica that was ended with SIGKILL, and when the endpoint was ready again (None: never)."""
+    """A replica that was ended with SIGKILL, and when another one was ready in its place (None: never)."""
 
     at: float
     ready_at: float | None
@@ -50,6 +53,9 @@ class Log:
     kills: list[Kill] = field(default_factory=list)
     swaps: list[Swap] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    replicas: int = 1
+    rows_left: float = 0.0
+    """Rows that the endpoint still draws or keeps waiting when every request has had its end."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +68,39 @@ class Check:
     """None: the endpoint does not offer this yet, so nothing was shown."""
 
 
-def judge(log: Log, redrawn: Sequence[int], left_behind: int) -> list[Check]:
-    """Hold what happened against the claims; `redrawn` are the differences of the sampled pictures."""
+def judge(log: Log, redrawn: Sequence[int], keys: Mapping[str, Ed25519PublicKey], left_behind: int) -> list[Check]:
+    """Hold what happened against the claims; `redrawn` are the differences of the sampled pictures.
+
+    `keys` are the public keys of the endpoint's workspace.
+    """
     patient = [story for story in log.stories if not story.rude]
     lost = [story for story in patient if not story.drawn]
     wrong = sum(difference > MOST_DIFFERENCE for difference in redrawn)
-    mixed_up = sum(story.drawn and not _is_what_was_asked(story) for story in log.stories)
+    drawn = [story for story in log.stories if story.drawn]
+    mixed_up = sum(not _is_what_was_asked(story, keys) for story in drawn)
     growth = growth_mib(log.samples)
     return [
         Check("no wrong picture", f"{wrong} of {len(redrawn)} drawn again", wrong == 0 and bool(redrawn)),
-        Check("every answer has its own seeds", f"{mixed_up} others", mixed_up == 0),
+        Check(
+            "every picture is signed for its own request, seed and version",
+            f"{mixed_up} of {len(drawn)} answers are not",
+            mixed_up == 0 and bool(drawn),
+        ),
         Check("every patient request is drawn", f"{len(lost)} of {len(patient)} lost", not lost),
         *_kill_checks(log),
         *_swap_checks(log),
         Check(
             f"processes beside the replica grow at most {MOST_GROWTH_MIB:g} MiB in ten minutes",
-            f"{growth:+.1f} MiB",
-            growth <= MOST_GROWTH_MIB,
+            "not measured" if growth is None else f"{growth:+.1f} MiB",
+            None if growth is None else growth <= MOST_GROWTH_MIB,
         ),
+        Check("nothing is drawn for those who left", f"{log.rows_left:g} rows in the end", log.rows_left == 0),
         Check("no process is left behind", f"{left_behind}", left_behind == 0),
     ]
 
 
 def _kill_checks(log: Log) -> list[Check]:
-    """Errors are for those on a killed replica, one each, in OpenAI's shape; later ones wait, or are told to."""
+    """Errors are for those on a killed replica, one each, in OpenAI's shape; without another one, later ones wait."""
     if not log.kills:
         return []
     hit, waiting, other = sort_errors(log)
@@ -108,7 +123,10 @@ def _kill_checks(log: Log) -> list[Check]:
 
 
 def sort_errors(log: Log) -> tuple[dict[int, list[Attempt]], list[Attempt], list[Attempt]]:
-    """Sort failed attempts: on a killed replica (by story), while none was ready, and those without such an excuse."""
+    """Sort failed attempts: on a killed replica (by story), while none was ready, and those without such an excuse.
+
+    With more than one replica another one was always ready.
+    """
     hit: dict[int, list[Attempt]] = {}
     waiting: list[Attempt] = []
     other: list[Attempt] = []
@@ -118,7 +136,7 @@ def sort_errors(log: Log) -> tuple[dict[int, list[Attempt]], list[Attempt], list
                 continue
             if any(attempt.began <= kill.at + BROKEN_BY_KILL_S and kill.at <= attempt.ended for kill in log.kills):
                 hit.setdefault(number, []).append(attempt)
-            elif any(
+            elif log.replicas == 1 and any(
                 kill.at < attempt.ended and attempt.began <= (kill.ready_at or attempt.began) for kill in log.kills
             ):
                 waiting.append(attempt)
@@ -163,16 +181,24 @@ def _is_stale(story: Story, swaps: Sequence[Swap]) -> bool:
     return bool(champion) and story.version not in since
 
 
-def _is_what_was_asked(story: Story) -> bool:
+def _is_what_was_asked(story: Story, keys: Mapping[str, Ed25519PublicKey]) -> bool:
+    """Believe the signed record inside each file, not what the answer says around it."""
     seeds = tuple(story.body["seed"] + index for index in range(story.body["n"]))
-    return len(story.pictures) == story.body["n"] and story.seeds == seeds and story.version is not None
+    if len(story.pictures) != story.body["n"] or story.seeds != seeds or story.version is None:
+        return False
+    for seed, picture in zip(seeds, story.pictures, strict=True):
+        verdict = verify(picture, keys)
+        expected = {"request_id": story.request_id, "seed": seed, "model_version": story.version}
+        if verdict.status != "valid" or any(verdict.facts.get(key) != value for key, value in expected.items()):
+            return False
+    return True
 
 
-def growth_mib(samples: Sequence[Sample]) -> float:
-    """Growth of everything beside the replica in ten minutes, the first sixth left out: it is still warming up."""
+def growth_mib(samples: Sequence[Sample]) -> float | None:
+    """Growth of everything beside the replicas in ten minutes, the first sixth left out: it is still warming up."""
     warm = samples[len(samples) // 6 :]
     if len(warm) < 2:
-        return 0.0
+        return None
     return 0.6 * slope_per_1000([round(sample.at) for sample in warm], [sample.others_mib for sample in warm])
 
 
@@ -193,7 +219,10 @@ def summary(log: Log) -> Mapping[str, str]:
     replica = [sample.replica_mib for sample in log.samples if sample.replica_mib]
     return {
         "requests": str(len(log.stories)),
-        "of these, hung up on": str(sum(story.left for story in log.stories)),
+        "of these, hung up on or cancelled": str(sum(story.left for story in log.stories)),
+        "pictures asked for": ", ".join(
+            f"{form} {count}" for form, count in Counter(story.form for story in log.stories).most_common()
+        ),
         "tried again": str(sum(len(story.attempts) > 1 for story in log.stories)),
         "seconds to the picture, kills included: median, p99": _quantiles(drawn),
         "the same, within 5 s of a swap": _quantiles(near),

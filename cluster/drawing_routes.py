@@ -23,6 +23,7 @@ from cluster.answers import answer, headers_of, write_events
 from cluster.api_errors import MOST_NAME_CHARS, ApiError, ErrorBody, once
 from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
+from cluster.cancel_files import CancelFiles
 from cluster.capture import Capture, Served, open_capture
 from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, ImagesResponse, make_order
 from cluster.metric_files import MetricFiles
@@ -81,6 +82,9 @@ class Desk:
         self.metric_files = MetricFiles(serving / "metrics", self.metrics)
         self.metric_files.start()
         self.log = RequestLog(serving / f"requests-{self.replica}.jsonl")
+        self._others = CancelFiles(serving / "cancel", self.bridge.cancel) if self.limits.max_replicas > 1 else None
+        if self._others is not None:
+            self._others.start()
 
     def check_model(self, asked: str | None) -> None:
         """ApiError 404 for a model that is not served here."""
@@ -89,6 +93,12 @@ class Desk:
             found = asked[:MOST_NAME_CHARS]
             message = f"model expected to be {' or '.join(served)}, found {found!r}: this endpoint serves one model"
             raise ApiError(message, "model", "model_not_found", 404)
+
+    async def cancel(self, request_id: str, key: str) -> bool:
+        """End a request of that key, whichever replica draws it; False when none does."""
+        if self.bridge.cancel(request_id, key):
+            return True
+        return self._others is not None and await run_in_threadpool(self._others.ask, request_id, key)
 
     async def capture(self, job: Job, finished: Finished, began: float) -> None:
         """Offer an answered request to the monitor's capture, which returns at once."""
@@ -103,6 +113,8 @@ class Desk:
         """Write what was captured and still waits."""
         if self._capture is not None:
             self._capture.close()
+        if self._others is not None:
+            self._others.close()
         self.metric_files.close()
         self.log.close()
 
@@ -122,7 +134,7 @@ def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller, reader: Caller)
 
     @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=ERRORS)
     async def cancel(request_id: str, key: Annotated[ApiKey | None, Depends(reader)]) -> dict[str, Any]:
-        if not desk.bridge.cancel(request_id, key.name if key else ""):
+        if not await desk.cancel(request_id, key.name if key else ""):
             message = f"{REQUESTS_ROUTE}/ID expected the x-request-id of a request of yours at work, found none"
             raise ApiError(message, code="not_found", status=404)
         return {"id": request_id, "object": "request", "cancelled": True}

@@ -10,7 +10,7 @@ import importlib
 import logging
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,11 +84,15 @@ class PainterBridge:
         self._keys: dict[str, str] = {}
         """Whose the requests at work are, by request id."""
         self._helpers = ThreadPoolExecutor(HELPERS, thread_name_prefix="paint-helper")
-        self._closing = threading.Event()
+        self._loaded, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(factory, dict(arguments), follow), name="painter", daemon=True
         )
         self._thread.start()
+
+    def wait_until_loaded(self, limit_s: float) -> None:
+        """Wait for the first picture or for the reason that there is none; `state` says what came of it."""
+        self._loaded.wait(limit_s)
 
     @property
     def painter(self) -> Painter:
@@ -159,18 +163,28 @@ class PainterBridge:
         self._keys.pop(request_id, None)
 
     def _run(self, factory: str, arguments: dict[str, Any], follow: Follow | None) -> None:
-        try:
-            painter: Painter = _import(factory)(**arguments)
-            painter.warm_up()
-        except Exception as error:  # whatever a model's code raises: the endpoint must say it, not vanish
-            traceback.print_exc()
-            self.error = f"{type(error).__name__}: {error}"
-            self.state = "failed"
-            return
-        self._painter = painter
-        self.state = "ready"
-        if follow is not None:
-            self._follow(painter, arguments, follow)
+        # A replica that starts late begins with the model that should serve by now; if that cannot draw, with the one
+        # the endpoint was started with, as the replicas do that were there before it.
+        wanted = _wanted(follow) or arguments
+        painter = self._first_that_draws(factory, [wanted, arguments] if wanted != arguments else [arguments])
+        if painter is not None:
+            self._painter, self.error, self.swap_error = painter, "", self.error
+        self.state = "ready" if painter is not None else "failed"
+        self._loaded.set()
+        if painter is not None and follow is not None:
+            self._follow(painter, wanted, follow)
+
+    def _first_that_draws(self, factory: str, choices: Sequence[Mapping[str, Any]]) -> Painter | None:
+        """Return the painter of the first arguments with which a picture can be drawn; `error` is of those before."""
+        for arguments in choices:
+            try:
+                painter: Painter = _import(factory)(**arguments)
+                painter.warm_up()
+                return painter
+            except Exception as error:  # whatever a model's code raises: the endpoint must say it, not vanish
+                traceback.print_exc()
+                self.error = f"{type(error).__name__}: {error}"
+        return None
 
     def _follow(self, painter: Painter, serving: Mapping[str, Any], follow: Follow) -> None:
         """Swap when the resolver names another model; one that cannot be loaded is tried again when it changes."""
@@ -186,6 +200,15 @@ class PainterBridge:
             except Exception as error:  # of a registry, a disk or a model: what serves goes on serving
                 self.swap_error = f"{type(error).__name__}: {error}"
                 LOG.exception("the model that should serve could not be loaded; the one before goes on")
+
+
+def _wanted(follow: Follow | None) -> dict[str, Any] | None:
+    """Return the arguments of the model that should serve, None when nothing can be said."""
+    try:
+        return None if follow is None else _import(follow.resolver)(**follow.arguments)
+    except Exception:  # of a disk or a registry: the replica begins with what it was given
+        LOG.exception("which model should serve could not be read")
+        return None
 
 
 def _import(name: str) -> Callable[..., Any]:

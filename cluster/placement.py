@@ -97,6 +97,20 @@ class ServeSection(Section):
     """Keep prompts as text too, not as features alone."""
     capture_max_bytes: int = Field(1_000_000_000, ge=1)
     """Of all captured shards together; the oldest are removed first."""
+    min_replicas: int = Field(1, ge=0)
+    """Replicas that always run; with 0 the endpoint sleeps when nobody asks, and the first request waits for it."""
+    max_replicas: int = Field(1, ge=1)
+    """Most replicas; above min_replicas their number follows the work that waits."""
+    target_backlog_s: float = Field(5.0, gt=0)
+    """Seconds of drawing that may wait for each replica, at its measured speed, before another one is added."""
+    upscale_delay_s: float = Field(5.0, ge=0)
+    """How long more replicas must have been wanted before one is added."""
+    downscale_delay_s: float = Field(120.0, ge=0)
+    """How long fewer replicas must have been enough before one is drained and ended."""
+    drain_s: float = Field(60.0, gt=0)
+    """A replica that is to end gets so long to finish what it draws."""
+    threads: int = Field(0, ge=0)
+    """Threads of a replica that draws on a CPU; 0 takes the number that draws a first picture fastest."""
     cpus_per_replica: float = Field(0.5, gt=0)
     """Logical CPUs a replica reserves; a fraction leaves room for training on the same machine."""
     gpus_per_replica: float = Field(0, ge=0)
@@ -112,6 +126,15 @@ class ServeSection(Section):
     def _absolute_file(cls, name: str) -> str:
         place, colon, function = name.rpartition(":")
         return f"{Path(place).expanduser().absolute()}{colon}{function}" if place.endswith(".py") else name
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> "ServeSection":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"serve.min_replicas expected at most serve.max_replicas ({self.max_replicas}), found"
+                f" {self.min_replicas}; raise max_replicas or lower min_replicas"
+            )
+        return self
 
     @model_validator(mode="after")
     def _largest_request_can_wait(self) -> "ServeSection":

@@ -8,7 +8,6 @@ import re
 import secrets
 
 from starlette.datastructures import MutableHeaders
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,11 +39,6 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, named)
-
-
-def around_proxy() -> list[Middleware]:
-    """What Ray Serve's proxy puts around its own naming of requests (`session.QUIET_ENVIRONMENT` names this)."""
-    return [Middleware(RequestIds)]
 
 
 def request_id_of(request: Request) -> str:

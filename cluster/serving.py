@@ -1,4 +1,4 @@
-"""One endpoint: a Ray Serve replica that owns a model behind the HTTP routes of `images_api`, from start to clean end.
+"""One endpoint: Ray Serve replicas that each own a model behind the routes of `images_api`, from start to clean end.
 
 The model comes as an importable factory and plain arguments; nothing here knows what it draws. The port is checked
 before anything starts. Serve's own limit is far above ours, so that a full endpoint is answered in OpenAI's shape.
@@ -18,18 +18,20 @@ import psutil
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_bridge import Follow, PainterBridge
 from cluster.placement import PlacementSection, ServeSection
+from cluster.proxy_face import ASLEEP
+from cluster.scaling import LoadReport, replica_options
 from cluster.session import local_session
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-APPLICATION = "fresco"
+APPLICATION, DEPLOYMENT = "fresco", "images"
 MOST_REQUESTS = 4096
 """Requests that Serve lets to a replica at a time: the engine refuses long before, and says when to come again."""
 READY_LIMIT_S = 300.0
 POLL_S = 0.25
-DRAIN_S = 30.0
-"""A drawing at work when the endpoint ends gets so long to finish."""
+HEALTH_CHECK_S = 2.0
+"""A replica that was killed is missed after so long (Serve's default is 10 s)."""
 REQUEST_TIMEOUT_S = 5.0
 
 
@@ -48,7 +50,10 @@ class ModelSource:
 
 
 class ImagesReplica:
-    """What Serve runs: the model with its threads, and the routes made around it when the replica starts."""
+    """What Serve runs: the model with its threads, and the routes made around it; it is made when the model can draw.
+
+    A model that cannot be loaded makes a replica that says so, at /readyz and as a failed health check.
+    """
 
     def __init__(self, source: ModelSource, settings: Mapping[str, Any]) -> None:
         from ray import serve
@@ -59,6 +64,9 @@ class ImagesReplica:
         context = serve.get_replica_context()
         names = (context.replica_id.unique_id, context.app_name)
         self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), *names)
+        self.load_report = LoadReport()
+        # Serve deals requests to a replica from here on: one that still loads would refuse what another could draw.
+        self.bridge.wait_until_loaded(READY_LIMIT_S)
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         from cluster.images_api import make_app
@@ -69,6 +77,10 @@ class ImagesReplica:
         """Let Serve start a fresh replica when the model could not be loaded or its loop has ended."""
         if self.bridge.problem:
             raise EndpointError(self.bridge.problem)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this every second or so and tells the policy in `scaling`."""
+        return self.load_report.of(self.bridge.numbers())
 
     def __del__(self) -> None:
         """Serve calls it when it ends a replica that has no request left."""
@@ -88,7 +100,10 @@ def endpoint(
     """
     port = find_port(settings.host, settings.port)
     # Training's needs must not decide whether an endpoint fits.
-    room = {"workers": 1, "cpus_per_worker": settings.cpus_per_replica, "gpus_per_worker": settings.gpus_per_replica}
+    # A joined cluster may grow with the replicas, a local one has its room from the start.
+    replicas = max(1, settings.min_replicas) if placement.ray_address else settings.max_replicas
+    each = {"cpus_per_worker": settings.cpus_per_replica, "gpus_per_worker": settings.gpus_per_replica}
+    room = {"workers": replicas, **each}
     import ray
 
     shared = ray.is_initialized()
@@ -113,11 +128,14 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int, application:
     http = HTTPOptions(host=settings.host, port=port)
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
     as_deployment = serve.deployment(
-        name="images",
-        num_replicas=1,
+        name=DEPLOYMENT,
+        **replica_options(settings),
+        # Where replicas must be replaced all the same, the new ones come first.
+        max_surge_percent=100,
+        health_check_period_s=HEALTH_CHECK_S,
         max_ongoing_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=quiet,
     )
@@ -186,7 +204,7 @@ def wait_until_ready(url: str, limit_s: float = READY_LIMIT_S, notify: Callable[
     start = time.monotonic()
     while True:
         status = readiness(url) or {"status": "not answering"}
-        if status["status"] == "ready":
+        if status["status"] in ("ready", ASLEEP):  # it has drawn, and may have had nothing to do since
             return
         waited_s = time.monotonic() - start
         if status["status"] == "failed":

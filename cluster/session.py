@@ -21,8 +21,11 @@ QUIET_ENVIRONMENT = {
     # Two loaded cores that import torch and deepspeed in two processes can need more than the default 60 s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    # Serve's proxy names requests too, and would add a second x-request-id beside ours.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.request_ids:around_proxy",
+    # Serve's proxy names requests too, and would add a second x-request-id beside ours; its errors are plain text.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.proxy_face:around_proxy",
+    # Replicas tell their backlog so often (default 10 s): a burst should not wait for the next report.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",

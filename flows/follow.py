@@ -11,6 +11,7 @@ from typing import Any
 from cluster.artifacts import Workspace, read_json, write_json_atomic
 from cluster.errors import RegistryError, StorageError, TrackingError
 from cluster.painter_bridge import Follow
+from cluster.proxy_face import ASLEEP
 from cluster.registry import CHAMPION, Registry
 from components.errors import InputError
 from flows.config import Config
@@ -55,9 +56,11 @@ class Follower:
 
         A registry that is away, or a version whose weights changed, leaves everything as it is.
         """
-        if status["status"] == "ready" and status["model_version"] != self.record["model_version"]:
-            self.write_record(self.record["url"], self.record["pid"], status["model_version"])
-            say(f"{self.record['url']} serves version {status['model_version']}; rows at work finish on the one before")
+        # Whatever wakes from sleep loads what is written.
+        drawing = self._wanted if status["status"] == ASLEEP else status["model_version"]
+        if status["status"] in ("ready", ASLEEP) and drawing != self.record["model_version"]:
+            self.write_record(self.record["url"], self.record["pid"], drawing)
+            say(f"{self.record['url']} serves version {drawing}; rows at work finish on the one before")
         try:
             champion = self._registry.by_alias(self._config.name, CHAMPION)
             if champion is not None and champion.number != self._wanted:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from cluster.api_errors import ApiError, later, once, refused_content
@@ -28,6 +29,7 @@ from components.sampler import PictureRequest, draw
 from components.signing_key import Signer, open_signer
 from components.start_pictures import make_start, paste_kept
 from components.step_batch import StepBatchEngine
+from components.threads import settle_threads
 from flows.config import Config
 from flows.loaded_model import LateEncoder, LoadedModel, load_model, model_arguments
 from flows.models import ResolvedModel
@@ -75,7 +77,7 @@ class EnginePainter:
             last.append(event)
             ended.set()
 
-        self.engine.submit(DrawRequest(WARM_UP, (self._warm_up_row(self.model),)), receive)
+        self.engine.submit(DrawRequest(WARM_UP, (_warm_up_row(self.model),)), receive)
         if not ended.wait(WARM_UP_LIMIT_S):
             raise TimeoutError(f"a first picture expected within {WARM_UP_LIMIT_S:.0f} s, found none")
         if isinstance(last[0], Failed):
@@ -113,7 +115,7 @@ class EnginePainter:
         """Load another model beside the one that serves; a model that cannot draw raises and changes nothing."""
         start = time.monotonic()
         model = load_model(**arguments["model"])
-        draw(model.parts, [self._warm_up_row(model)])
+        draw(model.parts, [_warm_up_row(model)])
         self._serve(model)
         self._num_swaps, self._swap_s = self._num_swaps + 1, self._swap_s + time.monotonic() - start
 
@@ -211,9 +213,6 @@ class EnginePainter:
             return _shutting_down()
         return once(500, f"drawing failed: {type(error).__name__}: {error}", "drawing_failed")
 
-    def _warm_up_row(self, model: LoadedModel) -> PictureRequest:
-        return PictureRequest(WARM_UP, steps=2, width_px=model.info["width_px"], height_px=model.info["height_px"])
-
 
 def painter_arguments(config: Config, model: ResolvedModel, device: str) -> dict[str, Any]:
     """Return what `make_painter` needs, as plain values that travel to another process."""
@@ -233,18 +232,36 @@ def painter_arguments(config: Config, model: ResolvedModel, device: str) -> dict
             "classifier": serve.safety_classifier,
             "options": dict(serve.safety_options),
         },
+        "threads": serve.threads,
         "keys": str(open_workspace(config.workspace).keys),
         "clip": str(Path(config.model.clip).expanduser().absolute() if config.model.clip else embedded_clip()),
     }
 
 
 def make_painter(
-    model: Mapping[str, Any], limits: Mapping[str, Any], safety: Mapping[str, Any], keys: str, clip: str
+    model: Mapping[str, Any],
+    limits: Mapping[str, Any],
+    safety: Mapping[str, Any],
+    keys: str,
+    clip: str,
+    threads: int = 0,
 ) -> EnginePainter:
-    """Load a model and start an engine for it; `keys` is the folder of the key that signs pictures."""
+    """Load a model and start an engine for it; `keys` is the folder of the key that signs pictures.
+
+    `threads` draw, on a CPU; 0 finds out how many are fastest.
+    """
     judges = open_safety(**safety)
     signer = open_signer(Path(keys))
-    return EnginePainter(load_model(**model), EngineLimits(**limits), judges, signer, LateEncoder(clip))
+    loaded = load_model(**model)
+    if threads:
+        torch.set_num_threads(threads)
+    elif loaded.parts.denoiser.device.type == "cpu":
+        settle_threads(lambda: draw(loaded.parts, [_warm_up_row(loaded)]), torch.get_num_threads())
+    return EnginePainter(loaded, EngineLimits(**limits), judges, signer, LateEncoder(clip))
+
+
+def _warm_up_row(model: LoadedModel) -> PictureRequest:
+    return PictureRequest(WARM_UP, steps=2, width_px=model.info["width_px"], height_px=model.info["height_px"])
 
 
 def _request(job: Job, start: StartPicture | None) -> DrawRequest:

@@ -20,7 +20,7 @@ from cluster.artifacts import Workspace, open_workspace, read_json, write_json_a
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.registry import CHAMPION, Registry, Version
-from cluster.serving import DRAIN_S, READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
+from cluster.serving import READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
 from flows.config import Config
 from flows.console import program, say, step
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 TELL_EVERY_S = 5.0
 UNREACHABLE_LIMIT_S = 60.0
-END_LIMIT_S = DRAIN_S + 60.0
+END_LIMIT_S = 60.0
+"""For what comes after `serve.drain_s`: ending Ray."""
 LOG_TAIL_LINES = 15
 
 
@@ -40,7 +41,7 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
 
     workspace = open_workspace(config.workspace)
     if stop:
-        return _stop(workspace)
+        return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
     check_exposure(config.serve)
     champion = _champion(config, workspace)
     running = endpoint_of(workspace)
@@ -188,7 +189,7 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
         record = _wait_for_child(child, workspace, log)
     except BaseException:
         child.terminate()
-        child.wait(END_LIMIT_S)
+        child.wait(config.serve.drain_s + END_LIMIT_S)
         raise
     child.returncode = 0  # it outlives this process on purpose
     _say_ready(record)
@@ -229,7 +230,7 @@ def _wait_for_version(workspace: Workspace, number: int) -> dict[str, Any]:
     raise EndpointError("endpoint expected to follow the champion, found it ended; start it with: fresco serve")
 
 
-def _stop(workspace: Workspace) -> dict[str, Any]:
+def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
     """End the server of this workspace; the lease says which process that is, so no stranger is ended."""
     record = read_json(_record(workspace)) or {"url": None, "model_version": None}
     holder = server_of(workspace)
@@ -240,12 +241,12 @@ def _stop(workspace: Workspace) -> dict[str, Any]:
     if holder.host != os.uname().nodename:
         raise EndpointError(f"endpoint expected on this machine, found {describe(holder)}; end it there")
     os.kill(holder.pid, signal.SIGTERM)
-    say(f"ending process {holder.pid} (at most {END_LIMIT_S:.0f} s)")
+    say(f"ending process {holder.pid} (at most {limit_s:.0f} s)")
     start = time.monotonic()
     while process_is(holder.pid, holder.pid_started):
-        if time.monotonic() - start > END_LIMIT_S:
+        if time.monotonic() - start > limit_s:
             raise EndpointError(
-                f"endpoint expected to end within {END_LIMIT_S:.0f} s, found process {holder.pid} still there; end it"
+                f"endpoint expected to end within {limit_s:.0f} s, found process {holder.pid} still there; end it"
                 f" with: kill -9 {holder.pid}"
             )
         time.sleep(POLL_S)

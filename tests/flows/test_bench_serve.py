@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import functools
 import io
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +44,9 @@ from cluster.placement import PlacementSection
 from cluster.session import local_session
 from components.load_plan import Arrival
 from components.models import load_parts
+from components.provenance import encode
 from components.sampler import draw
+from components.signing_key import Signer, open_signer
 
 FULL = {"clear": "503 replica_gone", "unclear": "ReadError", "final": "400 invalid_value", "drawn": "", "left": ""}
 
@@ -210,12 +214,23 @@ def story(began: float, *kinds: Kind, version: int = 1, seconds: float = 1.0) ->
     ]
     told = Story(tiny(), rude="left" in kinds, due=began, attempts=attempts)
     if told.drawn:
-        told.version, told.seeds, told.pictures = version, (4,), (b"png",)
+        told.version, told.seeds, told.request_id = version, (4,), f"soak_{began}"
+        told.pictures = (signed({"request_id": told.request_id, "seed": 4, "model_version": version}),)
     return told
 
 
+@functools.cache
+def signer() -> Signer:
+    return open_signer(Path(tempfile.mkdtemp(prefix="fresco-test-keys-")))
+
+
+def signed(facts: dict[str, Any]) -> bytes:
+    return encode(Image.new("RGB", (8, 8)), "png", 0, facts, signer())
+
+
 def held(log: Log, redrawn: Sequence[int] = (0, 1), left_behind: int = 0) -> dict[str, bool | None]:
-    return {check.claim: check.held for check in judge_soak(log, redrawn, left_behind)}
+    keys = {signer().key_id: signer().key.public_key()}
+    return {check.claim: check.held for check in judge_soak(log, redrawn, keys, left_behind)}
 
 
 def broken(log: Log, redrawn: Sequence[int] = (0, 1), left_behind: int = 0) -> list[str]:
@@ -258,7 +273,19 @@ def test_wrong_pictures_other_seeds_leaks_and_leftovers_are_told() -> None:
     assert broken(quiet_log(), left_behind=1) == ["no process is left behind"]
     log = quiet_log()
     log.stories[0].seeds = (5,)
-    assert broken(log) == ["every answer has its own seeds"]
+    signature = "every picture is signed for its own request, seed and version"
+    assert broken(log) == [signature]
+    log = quiet_log()
+    log.stories[0].pictures = log.stories[1].pictures
+    assert broken(log) == [signature], "the picture of another request"
+    log = quiet_log()
+    log.rows_left = 1
+    assert broken(log) == ["nothing is drawn for those who left"]
+    log = quiet_log()
+    log.stories.append(story(14.0, "clear", "drawn"))
+    assert broken(log) == [], "none was ready"
+    log.replicas = 2
+    assert broken(log) == ["no request but those on a killed replica sees an error"], "another one was ready"
     log = quiet_log()
     log.samples = [Sample(float(at), 500.0, 900.0 + at / 10) for at in range(0, 80, 5)]
     assert growth_mib(log.samples) == pytest.approx(60.0)
@@ -308,7 +335,7 @@ def test_patient_clients_insist_and_rude_ones_hang_up(monkeypatch: pytest.Monkey
     for seed, rude_share in ((1, 0.0), (2, 1.0)):
         client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
         arrivals = [Arrival(0.0, tiny(seed=seed))]
-        asyncio.run(send_traffic("http://endpoint/v1/images/generations", arrivals, rude_share, 0, stories))
+        asyncio.run(send_traffic("http://endpoint", arrivals, rude_share, seed, stories))
     patient, rude = stories
     assert [attempt.kind for attempt in patient.attempts] == ["clear", "drawn"]
     assert (patient.version, patient.seeds, patient.pictures) == (7, (1,), (b"png",))

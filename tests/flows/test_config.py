@@ -18,6 +18,7 @@ DATASET, BASE = "emblems@0123456789ab", "ba5e00000000"
 # Any valid value that differs from the default; the others are found by type below.
 OTHER: dict[str, Any] = {
     "serve.safety_options": {"threshold": 0.3},
+    "serve.min_replicas": 0,
     "train.freezing": "denoiser",
     "train.learning_rate.denoiser": 0.5,
     "train.learning_rate.text_encoder": 0.5,

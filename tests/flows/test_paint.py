@@ -103,7 +103,10 @@ def test_model_that_draws_nothing_finite_fails_its_warm_up(config: Config, tmp_p
     parts = make_tiny("stable_diffusion", seed=0)
     parts.denoiser.conv_out.bias.data.fill_(float("nan"))
     save_parts(parts, tmp_path / "broken")
-    painter = make_painter(**painter_arguments(config, resolve_model(config, str(tmp_path / "broken")), "cpu"))
+    broken = painter_arguments(config, resolve_model(config, str(tmp_path / "broken")), "cpu")
+    with pytest.raises(RuntimeError, match="expected finite"):  # while it finds out how many threads are fastest
+        make_painter(**broken)
+    painter = make_painter(**{**broken, "threads": 1})
     with pytest.raises(RuntimeError, match="expected finite latents"):
         painter.warm_up()
     with pytest.raises(ApiError, match="drawing failed: NonFiniteError") as failed:
