@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from cluster.api_errors import later
+from cluster.api_errors import later, once
 from cluster.painter_contract import Finished, Job, MakeEvent, Painter, PaintEvent
 
 LOADING_RETRY_S = 2
 IN_USE_RETRY_S = 1
+GONE_STATUS = 499
 HELPERS = 4
-"""Threads that encode prompts and pictures beside the painter's own."""
+"""Threads that judge and encode what is asked, and as many that make files: neither kind of work holds up the other."""
 LOG = logging.getLogger(__name__)
 
 
@@ -42,15 +43,15 @@ class Follow:
 class Drawing:
     """An accepted request: iterate over its events, then `close` it; closing before the last event frees its rows."""
 
-    def __init__(self, events: "asyncio.Queue[MakeEvent]", helpers: Executor, leave: Callable[[], None]) -> None:
-        self._events, self._helpers, self._leave = events, helpers, leave
+    def __init__(self, events: "asyncio.Queue[MakeEvent]", makers: Executor, leave: Callable[[], None]) -> None:
+        self._events, self._makers, self._leave = events, makers, leave
         self._closed = self._ended = False
 
     async def __aiter__(self) -> AsyncIterator[PaintEvent]:
         """Yield events up to Finished; ApiError when the request ends without."""
         loop = asyncio.get_running_loop()
         while not self._ended:
-            event = await loop.run_in_executor(self._helpers, await self._events.get())
+            event = await loop.run_in_executor(self._makers, await self._events.get())
             self._ended = isinstance(event, Finished)
             if event is not None:
                 yield event
@@ -83,7 +84,13 @@ class PainterBridge:
         self._painter: Painter | None = None
         self._keys: dict[str, str] = {}
         """Whose the requests at work are, by request id."""
+        self._accepting: set[str] = set()
+        """Requests that the painter does not know yet."""
+        self._cancelled: set[str] = set()
+        """Of those, the ones to end as soon as it does."""
+        self._lock = threading.Lock()
         self._helpers = ThreadPoolExecutor(HELPERS, thread_name_prefix="paint-helper")
+        self._makers = ThreadPoolExecutor(HELPERS, thread_name_prefix="picture-file")
         self._loaded, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(factory, dict(arguments), follow), name="painter", daemon=True
@@ -134,7 +141,9 @@ class PainterBridge:
             with suppress(RuntimeError):  # the event loop has ended with the server: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, make)
 
-        drawing = Drawing(events, self._helpers, partial(self._leave, painter, job.request_id))
+        drawing = Drawing(events, self._makers, partial(self._leave, painter, job.request_id))
+        with self._lock:
+            self._accepting.add(job.request_id)
         accepted = self._helpers.submit(painter.submit, job, receive)
         try:
             await asyncio.wrap_future(accepted)
@@ -142,12 +151,19 @@ class PainterBridge:
             # A caller that leaves now may leave a job that is being accepted: it is ended as soon as it is.
             accepted.add_done_callback(lambda _: drawing.close())
             raise
+        if self._was_cancelled(job.request_id):
+            drawing.close()
+            raise once(GONE_STATUS, "the request was cancelled", "request_cancelled")
         return drawing
 
     def cancel(self, request_id: str, key: str) -> bool:
         """End a request of the same key; False when none of that name is at work."""
         if self._painter is None or self._keys.get(request_id) != key:
             return False
+        with self._lock:
+            if request_id in self._accepting:
+                self._cancelled.add(request_id)
+                return True
         return self._painter.cancel(request_id)
 
     def close(self) -> None:
@@ -157,8 +173,18 @@ class PainterBridge:
         if self._painter is not None:
             self._painter.close()
         self._helpers.shutdown()
+        self._makers.shutdown()
+
+    def _was_cancelled(self, request_id: str) -> bool:
+        """Whether a request that the painter knows from now on was cancelled before."""
+        with self._lock:
+            self._accepting.discard(request_id)
+            cancelled = request_id in self._cancelled
+            self._cancelled.discard(request_id)
+            return cancelled
 
     def _leave(self, painter: Painter, request_id: str) -> None:
+        self._was_cancelled(request_id)
         painter.cancel(request_id)  # nothing happens to a request that has ended
         self._keys.pop(request_id, None)
 

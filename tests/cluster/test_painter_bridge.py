@@ -200,6 +200,54 @@ def test_only_the_key_that_asked_may_cancel_and_a_name_at_work_is_taken(
     run(cancel())
 
 
+def test_request_that_is_still_being_accepted_is_cancelled_all_the_same(
+    bridge: PainterBridge, held: HeldPainter
+) -> None:
+    async def cancel() -> None:
+        held.gate.clear()
+        submitting = asyncio.ensure_future(bridge.submit(job("first", "studio")))
+        await until(held.entered.is_set)
+        assert not bridge.cancel("first", "other") and bridge.cancel("first", "studio")
+        held.gate.set()
+        with pytest.raises(ApiError, match="was cancelled") as ended:
+            await submitting
+        assert ended.value.status == 499 and ended.value.headers == {"x-should-retry": "false"}
+        assert held.cancelled == ["first"] and not bridge.cancel("first", "studio")
+        # The name is free again, and its cancelling is forgotten.
+        with closing(await bridge.submit(job("first", "studio"))):
+            assert "first" in held.at_work
+
+    run(cancel())
+    assert bridge._keys == {} and bridge._accepting == bridge._cancelled == set()
+
+
+def test_files_that_take_their_time_keep_nobody_from_being_accepted(bridge: PainterBridge, held: HeldPainter) -> None:
+    made = threading.Event()
+
+    def make() -> Finished:
+        assert made.wait(30)
+        return FINISHED
+
+    async def draw() -> None:
+        drawings = []
+        for number in range(12):
+            drawings.append(await bridge.submit(job(f"large-{number}")))
+            held.at_work.pop(f"large-{number}")(make)
+        finishing = [asyncio.ensure_future(drawing.finished()) for drawing in drawings]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            with closing(await bridge.submit(job("small"))):
+                made.set()
+                assert await asyncio.gather(*finishing) == [FINISHED] * 12
+        for drawing in drawings:
+            drawing.close()
+
+    try:
+        run(draw())
+    finally:
+        made.set()
+
+
 def test_painter_follows_what_the_resolver_names_and_stays_where_it_cannot(
     held: HeldPainter, caplog: pytest.LogCaptureFixture
 ) -> None:
