@@ -78,13 +78,18 @@ class Desk:
     def __post_init__(self) -> None:
         self.pictures = open_pictures(self.limits, Workspace(self.folder).pictures)
         serving = self.folder / "serving" / self.application
-        self.metrics = ServeMetrics(self.replica, self.bridge.numbers)
+        self.metrics = ServeMetrics(self.replica, self.numbers)
         self.metric_files = MetricFiles(serving / "metrics", self.metrics)
         self.metric_files.start()
         self.log = RequestLog(serving / f"requests-{self.replica}.jsonl")
         self._others = CancelFiles(serving / "cancel", self.bridge.cancel) if self.limits.max_replicas > 1 else None
         if self._others is not None:
             self._others.start()
+
+    def numbers(self) -> dict[str, Any]:
+        """What `serve_metrics` reads at a scrape."""
+        counts = self._capture.counts if self._capture is not None else {}
+        return {**self.bridge.numbers(), **{f"capture_{outcome}": count for outcome, count in counts.items()}}
 
     def check_model(self, asked: str | None) -> None:
         """ApiError 404 for a model that is not served here."""
