@@ -161,8 +161,12 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    """Answer what nobody foresaw; the traceback is in the replica's log, and a client must not draw it thrice."""
-    message = f"drawing failed: {type(error).__name__}: {error}"
+    """Answer what nobody foresaw; the traceback is in the replica's log, and a client must not draw it thrice.
+
+    The client gets the kind and the request's id: the words of an error may hold paths of this machine, or a prompt.
+    """
+    name = request.scope.get("state", {}).get("request_id", "unknown")
+    message = f"drawing failed: {type(error).__name__}; the endpoint's log says more of request {name}"
     return error_response(500, message, code="internal_error", headers=ONCE)
 
 

@@ -2,8 +2,8 @@
 
 A request is offered to a bounded queue and forgotten: when the queue is full it is dropped and counted. One background
 thread encodes and writes Parquet shards, each whole or absent; the oldest go when the folder exceeds its bound. Prompts
-are kept as text only when the config allows it, else as features alone. Which requests are kept is drawn by lot here: by
-anything that a client chooses, it could choose what the monitor sees. Shape letters: N items, D feature width.
+are kept as text only when the config allows it, else as features alone. Which requests are kept is drawn by lot here:
+by what a client chooses, it could choose what the monitor sees. Shape letters: N items, D feature width.
 """
 
 import io
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LOG = logging.getLogger(__name__)
+LOT = random.SystemRandom().random
 MOST_WAITING_BYTES = 64 * 2**20
 """Of pictures that wait or are being encoded, whatever their size; a single larger request is taken when none waits."""
 SHARD_ROWS = 512
@@ -81,7 +82,7 @@ class Capture:
         keep_prompts: bool,
         max_bytes: int,
         flush_s: float = FLUSH_S,
-        chance: Callable[[], float] = random.SystemRandom().random,
+        chance: Callable[[], float] = LOT,
     ) -> None:
         """`chance` draws from [0, 1): below `share`, a request is kept."""
         self.folder, self.share, self.keep_prompts, self.max_bytes = folder, share, keep_prompts, max_bytes

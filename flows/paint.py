@@ -4,6 +4,7 @@ The replica names `make_painter` as its factory. Prompts are judged and encoded 
 judged, retouched, encoded and signed in the thread that takes them. Files say what drew them and never what was asked.
 """
 
+import logging
 import math
 import threading
 import time
@@ -23,7 +24,7 @@ from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed
 from components.engine_status import EngineLimits
 from components.errors import DeadlineError, InputError, QueueFullError
 from components.provenance import encode
-from components.retouch import RETOUCHES, retouch
+from components.retouch import ENLARGES, RETOUCHES, retouch
 from components.safety import Safety, open_safety
 from components.sampler import PictureRequest, draw
 from components.signing_key import Signer, open_signer
@@ -34,6 +35,7 @@ from flows.config import Config
 from flows.loaded_model import LateEncoder, LoadedModel, load_model, model_arguments
 from flows.models import ResolvedModel
 
+LOG = logging.getLogger(__name__)
 FACTORY = "flows.paint:make_painter"
 WARM_UP = "warm up"
 WARM_UP_LIMIT_S = 120.0
@@ -66,7 +68,7 @@ class EnginePainter:
         self.engine.start()
 
     def info(self) -> dict[str, Any]:
-        return {**self.model.info, "postprocess": list(RETOUCHES)}
+        return {**self.model.info, "postprocess": list(RETOUCHES), "enlarges": dict(ENLARGES)}
 
     def warm_up(self) -> None:
         """Draw a picture through the engine; raises what the engine raised."""
@@ -211,7 +213,8 @@ class EnginePainter:
             return once(504, str(error), "deadline_exceeded")
         if isinstance(error, InterruptedError):
             return _shutting_down()
-        return once(500, f"drawing failed: {type(error).__name__}: {error}", "drawing_failed")
+        LOG.error("a request failed", exc_info=error)
+        return once(500, f"drawing failed: {type(error).__name__}; the endpoint's log says more", "drawing_failed")
 
 
 def painter_arguments(config: Config, model: ResolvedModel, device: str) -> dict[str, Any]:

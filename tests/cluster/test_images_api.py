@@ -172,7 +172,8 @@ def test_drawing_that_fails_is_500_once(desk: Desk, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(desk.pictures, "put", fail)
     answer = ask(desk, "POST", ROUTE, json={"prompt": "x", "response_format": "url"})
     error = refusal(answer, 500)
-    assert error["type"] == "server_error" and "the disk is full" in error["message"]
+    assert error["type"] == "server_error" and "drawing failed: ValueError;" in error["message"]
+    assert "the disk is full" not in answer.text and answer.headers["x-request-id"] in error["message"]
     assert answer.headers["x-should-retry"] == "false" and answer.headers["x-request-id"]
 
 
