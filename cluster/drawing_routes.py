@@ -36,7 +36,7 @@ from cluster.request_log import RequestLog
 from cluster.request_watch import note
 from cluster.serve_metrics import ServeMetrics
 from cluster.sse import stream
-from cluster.uploads import Upload, describe_body, read_edit
+from cluster.uploads import Upload, describe_body, read_edit, scaled
 
 GENERATIONS_ROUTE = "/v1/images/generations"
 EDITS_ROUTE = "/v1/images/edits"
@@ -159,6 +159,10 @@ async def _draw(
     desk.check_model(body.model)
     own_size = upload.picture.size if upload else None
     order = make_order(body, desk.limits, info, key.priority if key else MOST_PRIORITY, own_size)
+    if upload is not None:
+        # What waits is kept at the size that is drawn: at its own, a few hundred large pictures fill the memory.
+        size = (order.rows[0]["width_px"], order.rows[0]["height_px"])
+        upload = await run_in_threadpool(scaled, upload, size)
     job = Job(request_id_of(request), order, key.name if key else "", upload)
     note(request, key=job.key or None)
     drawing = await desk.bridge.submit(job)
@@ -179,9 +183,13 @@ async def _draw(
     def keep(content: bytes) -> str:
         return address_of(request, desk.limits, desk.pictures.put(content, order.output_format))
 
-    content = await run_in_threadpool(answer, order, finished, keep if order.as_url else None)
-    after = BackgroundTask(desk.capture, job, finished, began)
-    return JSONResponse(content, headers=headers_of(finished.facts), background=after)
+    def respond() -> Response:
+        content = answer(order, finished, keep if order.as_url else None)
+        after = BackgroundTask(desk.capture, job, finished, began)
+        return JSONResponse(content, headers=headers_of(finished.facts), background=after)
+
+    # It holds pictures: encoding a large one as JSON would hold up every stream.
+    return await run_in_threadpool(respond)
 
 
 async def _capture_streamed(desk: Desk, job: Job, offered: list[Finished], began: float) -> None:
