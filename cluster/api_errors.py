@@ -27,6 +27,8 @@ STATUS_CODES = {
 PRIVATE_FIELDS = ("prompt", "negative_prompt", "user", "safety_identifier")
 """Fields whose value is never repeated in an error, which may be logged on its way."""
 MOST_ECHO_CHARS = 500
+MOST_NAME_CHARS = 80
+"""Of a name that a client made up: longer ones are neither repeated nor compared, which takes time by their square."""
 ONCE = {"x-should-retry": "false"}
 
 
@@ -106,7 +108,7 @@ def answer_error(error: ApiError) -> JSONResponse:
 
 def invalid_value(problem: Mapping[str, Any], fields: Iterable[str]) -> ApiError:
     """Turn one of pydantic's problems (its `loc` begins at the field) into an error that names field and limit."""
-    param = ".".join(str(part) for part in problem["loc"]) or None
+    param = ".".join(str(part)[:MOST_NAME_CHARS] for part in problem["loc"])[:MOST_NAME_CHARS] or None
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(param), list(fields), n=1, cutoff=0.0)
         return ApiError(f"unknown parameter {param!r}; nearest: {near[0]!r}", param, "unknown_parameter")
@@ -141,7 +143,7 @@ def _read_problem(request: Request, problem: Mapping[str, Any], fields: Iterable
         return ApiError(f"body expected to be JSON, found: {found}", code="invalid_json")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if len(problem["loc"]) == 1 and kind and "json" not in kind:
-        message = f"Content-Type expected to be application/json, found {kind!r}"
+        message = f"Content-Type expected to be application/json, found {kind[:MOST_NAME_CHARS]!r}"
         return ApiError(message, code=STATUS_CODES[415], status=415)
     return invalid_value({**problem, "loc": problem["loc"][1:]}, fields)
 
@@ -155,14 +157,20 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     message = str(error.detail)
     if error.status_code in (404, 405):
-        message = f"{request.method} {request.url.path} expected to be a route of this endpoint; see /docs"
+        message = (
+            f"{request.method} {request.url.path[:MOST_NAME_CHARS]} expected to be a route of this endpoint; see /docs"
+        )
     code = STATUS_CODES.get(error.status_code, "bad_request" if error.status_code < 500 else "server_error")
     return error_response(error.status_code, message, code=code, headers=error.headers)
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    """Answer what nobody foresaw; the traceback is in the replica's log, and a client must not draw it thrice."""
-    message = f"drawing failed: {type(error).__name__}: {error}"
+    """Answer what nobody foresaw; the traceback is in the replica's log, and a client must not draw it thrice.
+
+    The client gets the kind and the request's id: the words of an error may hold paths of this machine, or a prompt.
+    """
+    name = request.scope.get("state", {}).get("request_id", "unknown")
+    message = f"drawing failed: {type(error).__name__}; the endpoint's log says more of request {name}"
     return error_response(500, message, code="internal_error", headers=ONCE)
 
 

@@ -2,19 +2,19 @@
 
 A request is offered to a bounded queue and forgotten: when the queue is full it is dropped and counted. One background
 thread encodes and writes Parquet shards, each whole or absent; the oldest go when the folder exceeds its bound. Prompts
-are kept as text only when the config allows it, else as features alone. Which requests are kept is decided by a hash of
-the request id (`request_shares`), so a share of 0.1 means the same tenth on every replica. Shape letters: N items, D
-feature width.
+are kept as text only when the config allows it, else as features alone. Which requests are kept is drawn by lot here:
+by what a client chooses, it could choose what the monitor sees. Shape letters: N items, D feature width.
 """
 
 import io
 import logging
 import os
 import queue
+import random
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 
 from cluster.artifacts import write_bytes_atomic
 from cluster.placement import ServeSection
-from cluster.request_shares import in_share
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LOG = logging.getLogger(__name__)
-QUEUE_REQUESTS = 64
-"""Bounds the memory of pictures that wait: 64 requests of one 512 px picture hold 50 MB."""
+LOT = random.SystemRandom().random
+MOST_WAITING_BYTES = 64 * 2**20
+"""Of pictures that wait or are being encoded, whatever their size; a single larger request is taken when none waits."""
 SHARD_ROWS = 512
 FLUSH_S = 60.0
 LOWEST_PRIORITY = 19
@@ -76,28 +76,38 @@ class Capture:
     """Takes what was served from any thread; `close` writes what is still waiting."""
 
     def __init__(
-        self, folder: Path, encoder: Encoder, share: float, keep_prompts: bool, max_bytes: int, flush_s: float = FLUSH_S
+        self,
+        folder: Path,
+        encoder: Encoder,
+        share: float,
+        keep_prompts: bool,
+        max_bytes: int,
+        flush_s: float = FLUSH_S,
+        chance: Callable[[], float] = LOT,
     ) -> None:
+        """`chance` draws from [0, 1): below `share`, a request is kept."""
         self.folder, self.share, self.keep_prompts, self.max_bytes = folder, share, keep_prompts, max_bytes
         self.counts = {"offered": 0, "dropped": 0, "written": 0, "failed": 0}
         """Requests that were in the share, found no room, are in shards, could not be encoded or written."""
-        self._encoder, self._flush_s = encoder, flush_s
-        self._queue: queue.Queue[Served | None] = queue.Queue(QUEUE_REQUESTS)
+        self._encoder, self._flush_s, self._chance = encoder, flush_s, chance
+        self._queue: queue.SimpleQueue[Served | None] = queue.SimpleQueue()
+        self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="capture", daemon=True)
         self._thread.start()
 
     def offer(self, served: Served) -> bool:
         """Keep a request if it is in the share and there is room; returns at once, True when it is kept."""
-        if not in_share(served.request_id, self.share, SALT):
+        if self._chance() >= self.share:
             return False
+        size = bytes_of(served)
         with self._lock:
             self.counts["offered"] += 1
-            try:
-                self._queue.put_nowait(served)
-            except queue.Full:
+            if self._waiting_bytes and self._waiting_bytes + size > MOST_WAITING_BYTES:
                 self.counts["dropped"] += 1
                 return False
+            self._waiting_bytes += size
+        self._queue.put(served)
         return True
 
     def close(self, limit_s: float = 30.0) -> None:
@@ -115,6 +125,8 @@ class Capture:
         while not ended:
             waiting, ended = self._take(max(0.0, flush_at - time.monotonic()))
             rows += self._encode(waiting)
+            with self._lock:
+                self._waiting_bytes -= sum(bytes_of(served) for served in waiting)
             if rows and (ended or len(rows) >= SHARD_ROWS or time.monotonic() >= flush_at):
                 self._write(rows)
                 rows = []
@@ -186,6 +198,11 @@ def open_capture(limits: ServeSection, folder: Path, encoder: Encoder) -> Captur
     if limits.capture_share == 0:
         return None
     return Capture(folder, encoder, limits.capture_share, limits.capture_prompts, limits.capture_max_bytes)
+
+
+def bytes_of(served: Served) -> int:
+    """Return the memory of a request's pictures, RGB of 8 bits, and a little for the rest."""
+    return 1024 + sum(3 * picture.width * picture.height for picture in served.pictures)
 
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:

@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from cluster.answers import answer, headers_of, write_events
 from cluster.api_description import DRAWN, errors
-from cluster.api_errors import ApiError, once
+from cluster.api_errors import MOST_NAME_CHARS, ApiError, once
 from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
 from cluster.cancel_files import CancelFiles
@@ -40,7 +40,7 @@ from cluster.request_watch import note, note_error
 from cluster.serve_metrics import ServeMetrics
 from cluster.sse import stream
 from cluster.tracing import open_traces
-from cluster.uploads import Files, describe_body, read_edit
+from cluster.uploads import Files, describe_body, read_edit, scaled
 
 GENERATIONS_ROUTE = "/v1/images/generations"
 EDITS_ROUTE = "/v1/images/edits"
@@ -71,13 +71,15 @@ class Desk:
     """The workspace's."""
     replica: str = LOCAL
     """Name of this replica in metrics and log; LOCAL when Ray Serve does not run it."""
+    application: str = "fresco"
+    """Of Ray Serve: one that is tried beside the one that serves (`fresco promote`) keeps its files apart."""
     pictures: PictureStore = field(init=False)
     _capture: Capture | None = None
 
     def __post_init__(self) -> None:
         self.pictures = open_pictures(self.limits, Workspace(self.folder).pictures)
-        serving = self.folder / "serving"
-        self.metrics = ServeMetrics(self.replica, self.bridge.numbers)
+        serving = self.folder / "serving" / self.application
+        self.metrics = ServeMetrics(self.replica, self.numbers)
         self.metric_files = MetricFiles(serving / "metrics", self.metrics)
         self.metric_files.start()
         self.log = RequestLog(serving / f"requests-{self.replica}.jsonl")
@@ -85,6 +87,11 @@ class Desk:
         if self._others is not None:
             self._others.start()
         self.traces = open_traces(self.limits, self.replica)
+
+    def numbers(self) -> dict[str, Any]:
+        """What `serve_metrics` reads at a scrape."""
+        counts = self._capture.counts if self._capture is not None else {}
+        return {**self.bridge.numbers(), **{f"capture_{outcome}": count for outcome, count in counts.items()}}
 
     def name_of(self, version: object) -> str:
         """Return how clients name one version."""
@@ -97,7 +104,7 @@ class Desk:
             return None
         if asked not in named:
             served = " or ".join((self.name, *named))
-            message = f"model expected to be {served}, found {asked!r}: no other is loaded here"
+            message = f"model expected to be {served}, found {asked[:MOST_NAME_CHARS]!r}: no other is loaded here"
             raise ApiError(message, "model", "model_not_found", 404)
         return named[asked]
 
@@ -164,7 +171,10 @@ async def _draw(
     if files is not None:
         await desk.bridge.check(job)
         upload = await files.decode(desk.limits.max_upload_pixels)
-        job = replace(_make_job(desk, request, body, key, upload.picture.size), upload=upload)
+        job = _make_job(desk, request, body, key, upload.picture.size)
+        # What waits is kept at the size that is drawn: at its own, a few hundred large pictures fill the memory.
+        size = (job.order.rows[0]["width_px"], job.order.rows[0]["height_px"])
+        job = replace(job, upload=await run_in_threadpool(scaled, upload, size))
     order = job.order
     drawing = await desk.bridge.submit(job)
 
@@ -189,9 +199,13 @@ async def _draw(
     def keep(content: bytes) -> str:
         return address_of(request, desk.limits, desk.pictures.put(content, order.output_format))
 
-    content = await run_in_threadpool(answer, order, finished, keep if order.as_url else None)
-    after = BackgroundTask(desk.capture, job, finished, began)
-    return JSONResponse(content, headers=headers_of(finished.facts), background=after)
+    def respond() -> Response:
+        content = answer(order, finished, keep if order.as_url else None)
+        after = BackgroundTask(desk.capture, job, finished, began)
+        return JSONResponse(content, headers=headers_of(finished.facts), background=after)
+
+    # It holds pictures: encoding a large one as JSON would hold up every stream.
+    return await run_in_threadpool(respond)
 
 
 def _make_job(

@@ -24,6 +24,7 @@ from cluster.picture_urls import add_route
 from cluster.playground import add_playground
 from cluster.request_ids import RequestIds
 from cluster.request_watch import RequestWatch
+from cluster.same_site import SameSite
 from cluster.serve_metrics import add_metrics_route
 from cluster.uploads import FORM
 
@@ -39,6 +40,8 @@ def make_app(desk: Desk) -> ASGIApp:
     app.add_middleware(BodyLimit, usual=Limit(limits.max_body_bytes, "serve.max_body_bytes"), of_path=uploads)
     install_handlers(app, ImagesRequest.model_fields)
     keys = open_keys(limits)
+    if keys is None:
+        app.add_middleware(SameSite, limits=limits)
 
     def caller(request: Request) -> ApiKey | None:
         return keys.admit(request.headers.get("authorization")) if keys else None

@@ -7,6 +7,7 @@ What the model can do (size, schedulers, retouching) comes with its `info`.
 """
 
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,15 +164,18 @@ def make_order(
         raise ApiError(message, "response_format", "unsupported_value")
     most = limits.max_partial_images
     partial_images = _within("partial_images", body.partial_images, 0, most, 0, "serve.max_partial_images")
+    rows = make_rows(body, limits, info, own_size)
+    postprocess = _postprocess(body.postprocess, info.get("postprocess", ()))
+    _check_output(postprocess, rows[0], limits, info.get("enlarges", {}))
     return Order(
-        rows=make_rows(body, limits, info, own_size),
+        rows=rows,
         scheduler=_chosen("scheduler", body.scheduler, info.get("schedulers", ())),
         priority=_within("priority", body.priority, 0, most_priority, default=min(USUAL_PRIORITY, most_priority)),
         deadline_s=_within("deadline_s", body.deadline_s, 0.001, limits.max_deadline_s, None, "serve.max_deadline_s"),
         strength=_within(
             "strength", getattr(body, "strength", None), LEAST_STRENGTH, 1, default=limits.default_strength
         ),
-        postprocess=_postprocess(body.postprocess, info.get("postprocess", ())),
+        postprocess=postprocess,
         output_format=output,
         quality=quality,
         as_url=body.response_format == "url",
@@ -243,6 +247,19 @@ def _postprocess(names: list[str] | str | None, offered: Any) -> tuple[str, ...]
     for name in asked:
         _chosen("postprocess", name, offered)
     return tuple(asked)
+
+
+def _check_output(
+    names: tuple[str, ...], row: Mapping[str, Any], limits: ServeSection, enlarges: Mapping[str, int]
+) -> None:
+    factor = math.prod(enlarges.get(name, 1) for name in names)
+    side_px = factor * max(row["width_px"], row["height_px"])
+    if factor > 1 and side_px > limits.max_output_side_px:
+        message = (
+            f"postprocess expected pictures of up to {limits.max_output_side_px} px a side"
+            f" (serve.max_output_side_px), found {side_px}: {factor} times {row['width_px']}x{row['height_px']}"
+        )
+        raise ApiError(message, "postprocess", "invalid_value")
 
 
 def _size(

@@ -7,19 +7,18 @@ while, in place of being refused.
 """
 
 import asyncio
-import importlib
 import logging
 import threading
-import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from cluster.api_errors import later, once
+from cluster.api_errors import ApiError, later, once
 from cluster.painter_contract import Finished, Job, MakeEvent, Painter, PaintEvent, SwappingError
+from cluster.painter_loading import NOTHING_TO_FOLLOW, Follow, first_that_draws, keep_following, wanted_by
 
 LOADING_RETRY_S = 2
 IN_USE_RETRY_S = 1
@@ -28,41 +27,22 @@ CANCELLED_STATUS = 499
 HOLD_POLL_S = 0.05
 LEAST_DEADLINE_S = 0.001
 HELPERS = 4
-"""Threads that encode prompts and pictures beside the painter's own."""
+"""Threads that judge and encode what is asked, and as many that make files: neither kind of work holds up the other."""
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Follow:
-    """Where to look for the model that should serve: an importable `module:function` and its keyword arguments.
-
-    It returns the factory's arguments for that model, or None when nothing can be said.
-    """
-
-    resolver: str
-    arguments: Mapping[str, Any]
-    every_s: float
-    wait_s: float = 60.0
-    """How long a request is held while a swap leaves nothing to draw it with; 503 afterwards."""
-    most_waiting: int = 64
-    """Requests held at a time; 503 beyond."""
-
-
-NOTHING_TO_FOLLOW = Follow("", {}, every_s=0.0)
 
 
 class Drawing:
     """An accepted request: iterate over its events, then `close` it; closing before the last event frees its rows."""
 
-    def __init__(self, events: "asyncio.Queue[MakeEvent]", helpers: Executor, leave: Callable[[], None]) -> None:
-        self._events, self._helpers, self._leave = events, helpers, leave
+    def __init__(self, events: "asyncio.Queue[MakeEvent]", makers: Executor, leave: Callable[[], None]) -> None:
+        self._events, self._makers, self._leave = events, makers, leave
         self._closed = self._ended = False
 
     async def __aiter__(self) -> AsyncIterator[PaintEvent]:
         """Yield events up to Finished; ApiError when the request ends without."""
         loop = asyncio.get_running_loop()
         while not self._ended:
-            event = await loop.run_in_executor(self._helpers, await self._events.get())
+            event = await loop.run_in_executor(self._makers, await self._events.get())
             self._ended = isinstance(event, Finished)
             if event is not None:
                 yield event
@@ -96,9 +76,15 @@ class PainterBridge:
         self._keys: dict[str, str] = {}
         """Whose the requests at work are, by request id."""
         self._limits = follow or NOTHING_TO_FOLLOW
-        self._held: dict[str, bool] = {}
-        """Requests that wait for a swap, by id; True once they are cancelled; for the event loop's thread alone."""
+        self._held: set[str] = set()
+        """Requests that wait for a swap."""
+        self._accepting: set[str] = set()
+        """Requests that the painter does not know yet."""
+        self._cancelled: set[str] = set()
+        """Of those, the ones to end as soon as it does."""
+        self._lock = threading.Lock()
         self._helpers = ThreadPoolExecutor(HELPERS, thread_name_prefix="paint-helper")
+        self._makers = ThreadPoolExecutor(HELPERS, thread_name_prefix="picture-file")
         self._loaded, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(factory, dict(arguments), follow), name="painter", daemon=True
@@ -162,14 +148,16 @@ class PainterBridge:
             with suppress(RuntimeError):  # the event loop has ended with the server: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, make)
 
-        drawing = Drawing(events, self._helpers, partial(self._leave, painter, job.request_id))
+        drawing = Drawing(events, self._makers, partial(self._leave, painter, job.request_id))
+        with self._lock:
+            self._accepting.add(job.request_id)
         began, deadline_s = loop.time(), job.order.deadline_s
         wait_s = min(self._limits.wait_s, deadline_s or self._limits.wait_s)
         while True:
             accepted = self._helpers.submit(painter.submit, _with_less_time(job, loop.time() - began), receive)
             try:
                 await asyncio.wrap_future(accepted)
-                return drawing
+                break
             except SwappingError as error:
                 try:
                     await self._hold(painter, job.request_id, began + wait_s, str(error))
@@ -180,14 +168,19 @@ class PainterBridge:
                 # A caller that leaves now may leave a job that is being accepted: it is ended as soon as it is.
                 accepted.add_done_callback(lambda _: drawing.close())
                 raise
+        if self._was_cancelled(job.request_id):
+            drawing.close()
+            raise _cancelled()
+        return drawing
 
     def cancel(self, request_id: str, key: str) -> bool:
         """End a request of the same key; False when none of that name is at work."""
         if self._painter is None or self._keys.get(request_id) != key:
             return False
-        if request_id in self._held:
-            self._held[request_id] = True
-            return True
+        with self._lock:
+            if request_id in self._accepting:
+                self._cancelled.add(request_id)
+                return True
         return self._painter.cancel(request_id)
 
     def close(self) -> None:
@@ -197,6 +190,15 @@ class PainterBridge:
         if self._painter is not None:
             self._painter.close()
         self._helpers.shutdown()
+        self._makers.shutdown()
+
+    def _was_cancelled(self, request_id: str) -> bool:
+        """Whether a request that the painter knows from now on was cancelled before."""
+        with self._lock:
+            self._accepting.discard(request_id)
+            cancelled = request_id in self._cancelled
+            self._cancelled.discard(request_id)
+            return cancelled
 
     async def _hold(self, painter: Painter, request_id: str, until: float, reason: str) -> None:
         """Return when the painter takes requests again; ApiError when that takes too long, or too many wait."""
@@ -204,17 +206,17 @@ class PainterBridge:
         if len(self._held) >= limits.most_waiting:
             message = f"another model is being loaded, and {len(self._held)} requests wait for it ({reason})"
             raise later(503, message, "swapping", SWAPPING_RETRY_S)
-        self._held[request_id] = False
+        self._held.add(request_id)
         try:
-            while painter.swapping() and not self._held[request_id]:
+            while painter.swapping():
+                if request_id in self._cancelled:
+                    raise _cancelled()
                 if loop.time() >= until:
                     message = f"another model is being loaded, which takes longer than this request may wait ({reason})"
                     raise later(503, message, "swapping", SWAPPING_RETRY_S)
                 await asyncio.sleep(HOLD_POLL_S)
-            if self._held[request_id]:
-                raise once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled")
         finally:
-            del self._held[request_id]
+            self._held.discard(request_id)
 
     def _check_name(self, job: Job) -> None:
         if job.request_id in self._keys:
@@ -222,47 +224,25 @@ class PainterBridge:
             raise later(409, message, "request_id_in_use", IN_USE_RETRY_S)
 
     def _leave(self, painter: Painter, request_id: str) -> None:
+        self._was_cancelled(request_id)
         painter.cancel(request_id)  # nothing happens to a request that has ended
         self._keys.pop(request_id, None)
 
     def _run(self, factory: str, arguments: dict[str, Any], follow: Follow | None) -> None:
         # A replica that starts late begins with the model that should serve by now; if that cannot draw, with the one
         # the endpoint was started with, as the replicas do that were there before it.
-        wanted = _wanted(follow) or arguments
-        painter = self._first_that_draws(factory, [wanted, arguments] if wanted != arguments else [arguments])
-        if painter is not None:
-            self._painter, self.error, self.swap_error = painter, "", self.error
-        self.state = "ready" if painter is not None else "failed"
+        wanted = wanted_by(follow) or arguments
+        painter, problem = first_that_draws(factory, [wanted, arguments] if wanted != arguments else [arguments])
+        if painter is None:
+            self.error, self.state = problem, "failed"
+        else:
+            self._painter, self.swap_error, self.state = painter, problem, "ready"
         self._loaded.set()
         if painter is not None and follow is not None:
-            self._follow(painter, wanted, follow)
+            keep_following(painter, follow, self._closing, self._tell)
 
-    def _first_that_draws(self, factory: str, choices: Sequence[Mapping[str, Any]]) -> Painter | None:
-        """Return the painter of the first arguments with which a picture can be drawn; `error` is of those before."""
-        for arguments in choices:
-            try:
-                painter: Painter = _import(factory)(**arguments)
-                painter.warm_up()
-                return painter
-            except Exception as error:  # whatever a model's code raises: the endpoint must say it, not vanish
-                traceback.print_exc()
-                self.error = f"{type(error).__name__}: {error}"
-        return None
-
-    def _follow(self, painter: Painter, serving: Mapping[str, Any], follow: Follow) -> None:
-        """Swap when the resolver names another model; one that cannot be loaded is tried again when it changes."""
-        resolve, tried = _import(follow.resolver), dict(serving)
-        while not self._closing.wait(follow.every_s):
-            wanted: dict[str, Any] | None = None
-            try:
-                wanted = resolve(**follow.arguments)
-                if wanted is not None and wanted != tried:
-                    tried = wanted
-                    painter.swap(wanted)
-                    self.swap_error = ""
-            except Exception as error:  # of a registry, a disk or a model: what serves goes on serving
-                self.swap_error = f"{type(error).__name__}: {error}"
-                LOG.exception("a model that should be loaded could not be; what drew before goes on")
+    def _tell(self, swap_error: str) -> None:
+        self.swap_error = swap_error
 
 
 def _with_less_time(job: Job, spent_s: float) -> Job:
@@ -273,16 +253,5 @@ def _with_less_time(job: Job, spent_s: float) -> Job:
     return replace(job, order=replace(job.order, deadline_s=left_s))
 
 
-def _wanted(follow: Follow | None) -> dict[str, Any] | None:
-    """Return the arguments of the model that should serve, None when nothing can be said."""
-    try:
-        return None if follow is None else _import(follow.resolver)(**follow.arguments)
-    except Exception:  # of a disk or a registry: the replica begins with what it was given
-        LOG.exception("which model should serve could not be read")
-        return None
-
-
-def _import(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+def _cancelled() -> ApiError:
+    return once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled")

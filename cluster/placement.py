@@ -57,6 +57,8 @@ class ServeSection(Section):
     max_steps: int = Field(100, ge=1)
     max_guidance_scale: float = Field(30.0, gt=0)
     max_side_px: int = Field(512, ge=8)
+    max_output_side_px: int = Field(2048, ge=8)
+    """Largest side of what is handed out, after retouching steps that enlarge."""
     max_queue: int = Field(64, ge=1)
     """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After.
 

@@ -48,11 +48,15 @@ LABELLED_SUMS = {
     "refused": ("fresco_engine_requests", "outcome", "refused"),
     "text_hits": ("fresco_text_cache", "result", "hit"),
     "text_misses": ("fresco_text_cache", "result", "miss"),
+    "capture_dropped": ("fresco_capture_requests", "outcome", "dropped"),
+    "capture_written": ("fresco_capture_requests", "outcome", "written"),
+    "capture_failed": ("fresco_capture_requests", "outcome", "failed"),
 }
 """Key -> name of a counter, and the label that tells it from its siblings."""
 LABELLED_HELP = {
     "fresco_engine_requests": "Requests by how the engine was done with them",
     "fresco_text_cache": "Prompts whose text states were at hand, or were not",
+    "fresco_capture_requests": "Requests kept for the monitor, dropped for want of room, or not encoded or written",
 }
 LEVELS = {
     "live_rows": ("fresco_live_rows", "Pictures that are being denoised"),

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cluster.errors import EndpointError, PlacementError
-from cluster.painter_bridge import Follow, PainterBridge
+from cluster.painter_bridge import PainterBridge
+from cluster.painter_loading import Follow
 from cluster.placement import PlacementSection, ServeSection
 from cluster.proxy_face import ASLEEP
 from cluster.scaling import LoadReport, replica_options
@@ -61,8 +62,9 @@ class ImagesReplica:
         from cluster.drawing_routes import Desk
 
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
-        name = serve.get_replica_context().replica_id.unique_id
-        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), name)
+        context = serve.get_replica_context()
+        names = (context.replica_id.unique_id, context.app_name)
+        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), *names)
         self.load_report = LoadReport()
         # Serve deals requests to a replica from here on: one that still loads would refuse what another could draw.
         self.bridge.wait_until_loaded(READY_LIMIT_S)

@@ -9,8 +9,10 @@ import asyncio
 import io
 import logging
 import struct
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +22,19 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from cluster.api_errors import STATUS_CODES, ApiError, invalid_value
+from cluster.api_errors import STATUS_CODES, ApiError, invalid_value, later
 from cluster.images_schema import NOT_TEXT, EditsRequest
 from cluster.placement import ServeSection
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_FIELDS = 64
+MOST_SCANS = 100
+"""Of a progressive JPEG; usual ones have 10. Each is decoded at full size, and 20 MB can hold tens of thousands."""
+BUSY_RETRY_S = 1
+THREADS = ThreadPoolExecutor(4, thread_name_prefix="decode-upload")
+SLOTS = threading.BoundedSemaphore(32)
+"""Uploads that wait for a thread or have one: each holds its file, and one in a thread its pixels too."""
+START_OF_SCAN = b"\xff\xda"
 FILES = ("image", "mask")
 LISTS = ("postprocess",)
 """Fields that a form may repeat, as OpenAPI has it; clients write `name[]` too."""
@@ -47,6 +56,17 @@ class Upload:
     """Upright RGB; what was transparent lies on white."""
     mask: Image.Image | None
     """Same size, mode L: 255 where the picture is drawn anew, 0 where it is kept; None redraws everything."""
+
+
+def scaled(upload: Upload, size: tuple[int, int]) -> Upload:
+    """Return the upload at the size (width_px, height_px) that is drawn, as the model would scale it itself."""
+    images = (upload.picture, upload.mask)
+    picture, mask = (
+        image if image is None or image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+        for image in images
+    )
+    assert picture is not None
+    return Upload(picture, mask)
 
 
 def describe_body() -> dict[str, Any]:
@@ -79,8 +99,7 @@ class Files:
 
     async def decode(self, max_pixels: int) -> Upload:
         """Return them as pixels; ApiError says which of them is wrong and how."""
-        # It keeps a core busy for up to a second: the event loop must not wait for it.
-        return await asyncio.to_thread(make_upload, self.image, self.mask, max_pixels)
+        return await decode_soon(self.image, self.mask, max_pixels)
 
 
 async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsRequest, Files]:
@@ -110,6 +129,18 @@ async def read_edit(request: Request, limits: ServeSection) -> tuple[EditsReques
     return body, Files(files["image"], files.get("mask"))
 
 
+async def decode_soon(image: bytes, mask: bytes | None, max_pixels: int) -> Upload:
+    """Do `make_upload` in a thread, as it keeps a core busy for up to a second; ApiError 429 when too many wait."""
+    if not SLOTS.acquire(blocking=False):
+        raise later(
+            429, "as many uploaded pictures are being decoded as may be; ask again", "uploads_full", BUSY_RETRY_S
+        )
+    decoding = THREADS.submit(make_upload, image, mask, max_pixels)
+    # Not when the caller leaves: a thread that has begun goes on.
+    decoding.add_done_callback(lambda _: SLOTS.release())
+    return await asyncio.wrap_future(decoding)
+
+
 def make_upload(image: bytes, mask: bytes | None, max_pixels: int) -> Upload:
     """Decode a picture and its mask; ApiError says which of them is wrong and how."""
     picture = decode("image", image, max_pixels)
@@ -130,6 +161,12 @@ def decode(param: str, content: bytes, max_pixels: int) -> Image.Image:
                 raise _too_many_pixels(param, max_pixels, f"{image.width}x{image.height}")
             if image.mode not in EIGHT_BIT:
                 raise ApiError(f"{param} expected 8 bits a channel, found mode {image.mode}", param, "invalid_image")
+            # In the data of a scan 0xff is followed by 0 or a marker that is none of these.
+            if image.format == "JPEG" and content.count(START_OF_SCAN) > MOST_SCANS:
+                message = (
+                    f"{param} expected a JPEG of at most {MOST_SCANS} scans, found more; save it as a baseline JPEG"
+                )
+                raise ApiError(message, param, "invalid_image")
             image.load()
             upright = ImageOps.exif_transpose(image)
     except TOO_LARGE:

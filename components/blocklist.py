@@ -2,8 +2,9 @@
 
 Compared are whole words after Unicode normalisation (NFKC, case folded, accents and invisible characters dropped) and
 the mapping of look-alike letters. Seen through are digits and signs for letters, letters spelled apart, punctuation
-inside words, and letters drawn out. Words of other meaning that hold a term ("Scunthorpe") pass. A list is a fence,
-not a wall: meaning is the classifier's business. Normal forms: Unicode Standard Annex 15; look-alikes: UTS 39.
+inside words, and letters drawn out. Words of other meaning that hold a term ("Scunthorpe") pass, except in scripts that
+put no spaces between words. A list is a fence, not a wall: meaning is the classifier's business. Normal forms: Unicode
+Standard Annex 15; look-alikes: UTS 39.
 """
 
 import re
@@ -27,8 +28,18 @@ LOOK_ALIKES = str.maketrans(_CYRILLIC | _GREEK | {"ı": "i", "ø": "o", "ł": "l
 DIGITS = {"0": "o", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "@": "a", "$": "s"}
 LEET = tuple(str.maketrans({**DIGITS, "1": one}) for one in "il")
 """A 1 stands for i or l: both are tried."""
-WORD = re.compile(r"[^\W_]+")
-INSIDE_WORD = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_)+(?=[^\W_])")
+VOICING = "\u3099\u309a"
+"""Marks that make other letters of kana: ha, ba, pa."""
+VOWEL_SCRIPTS = range(0x0900, 0x1800)
+"""From Devanagari over Thai and Myanmar to Khmer: marks are their vowels there, elsewhere they are accents."""
+_VOWELS = "".join(mark for mark in map(chr, VOWEL_SCRIPTS) if unicodedata.category(mark) in ("Mn", "Mc"))
+_LETTER = rf"[^\W_]|[{_VOWELS}]"
+WORD = re.compile(rf"(?:{_LETTER})+")
+INSIDE_WORD = re.compile(rf"(?<={_LETTER})(?:[^\w\s{_VOWELS}]|_)+(?={_LETTER})")
+WITHOUT_BORDERS = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Tibetan, Myanmar, Khmer, kana and Han have no spaces between words; Hangul hangs particles onto them."""
 SIGN_FOR_LETTER = re.compile(r"\b\w*(?:[^\W\d_][0-9@$]|[0-9@$][^\W\d_])[\w@$]*|[@$][^\W\d_][\w@$]*")
 CATEGORY = re.compile(r"\[(.+)\]")
 
@@ -50,7 +61,8 @@ class Blocklist:
         self._phrases: dict[tuple[str, ...], list[_Term]] = defaultdict(list)
         self._spelled: list[tuple[str, _Term]] = []
         self._inside: list[tuple[str, str]] = []
-        self._longest_phrase = 0
+        self._lengths: set[int] = set()
+        """Of the phrases, in words."""
         for category, text in terms:
             self._add(category, normalise(text))
 
@@ -58,8 +70,7 @@ class Blocklist:
         words = WORD.findall(text)
         if not words:
             return
-        # Letters without capitals: several such scripts put no spaces between words, so there are no borders to keep.
-        if any(unicodedata.category(letter) == "Lo" for letter in text):
+        if WITHOUT_BORDERS.search(text):
             self._inside.append((category, "".join(words)))
             return
         term = _Term(category, tuple(_runs(word) for word in words))
@@ -67,7 +78,7 @@ class Blocklist:
         joined = _runs("".join(words))
         if len("".join(words)) >= FEWEST_SPELLED:
             self._spelled.append((_skeleton(joined), _Term(category, (joined,))))
-        self._longest_phrase = max(self._longest_phrase, len(words))
+        self._lengths.add(len(words))
 
     def category_of(self, text: str) -> str | None:
         """Return the category of the first term found, None when there is none."""
@@ -82,7 +93,7 @@ class Blocklist:
         runs = [_runs(word) for word in words]
         skeletons = [_skeleton(word) for word in runs]
         for start in range(len(words)):
-            for end in range(start + 1, min(len(words), start + self._longest_phrase) + 1):
+            for end in (start + length for length in self._lengths):
                 for term in self._phrases.get(tuple(skeletons[start:end]), ()):
                     if all(_says(word, wanted) for word, wanted in zip(runs[start:end], term.words, strict=True)):
                         return term.category
@@ -90,12 +101,13 @@ class Blocklist:
 
     def _spelled_in(self, words: list[str]) -> str | None:
         """Look for terms among letters that stand apart, at any place: what follows may be one letter too."""
-        for single, group in groupby(words, key=lambda word: len(word) == 1):
-            letters = "".join(group) if single else ""
-            for spelled in dict.fromkeys([letters, *(letters.translate(table) for table in LEET)]):
-                found = self._within_letters(spelled)
-                if found:
-                    return found
+        groups = ("".join(group) for single, group in groupby(words, key=lambda word: len(word) == 1) if single)
+        # In one text, so that a long list is gone through once and not for every group; no term holds a space.
+        letters = " ".join(group for group in groups if len(group) >= FEWEST_SPELLED)
+        for spelled in dict.fromkeys([letters, *(letters.translate(table) for table in LEET)]):
+            found = self._within_letters(spelled) if spelled else None
+            if found:
+                return found
         return None
 
     def _within_letters(self, letters: str) -> str | None:
@@ -116,7 +128,8 @@ class Blocklist:
 def read_blocklist(path: Path) -> Blocklist:
     """Read a file: a term a line, `#` begins a comment, `[NAME]` begins a category."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Editors on Windows begin a file with a mark that is no part of its first line.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"serve.blocklist_file expected UTF-8 text, found {path}: {error}") from error
     category, terms = USUAL_CATEGORY, []
@@ -133,8 +146,18 @@ def read_blocklist(path: Path) -> Blocklist:
 def normalise(text: str) -> str:
     """Return the text as it is compared: one form for each letter, however it was encoded, cased or accented."""
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
-    kept = (letter for letter in decomposed if unicodedata.category(letter) not in ("Mn", "Me", "Cf"))
+    kept: list[str] = []
+    for letter in decomposed:
+        if unicodedata.category(letter) not in ("Mn", "Mc", "Me", "Cf") or _changes_letter(kept[-1:], letter):
+            kept.append(letter)
     return unicodedata.normalize("NFC", "".join(kept)).translate(LOOK_ALIKES)
+
+
+def _changes_letter(before: list[str], mark: str) -> bool:
+    """Whether a mark makes another letter, or is one, where it stands; an accent, or a disguise, does not."""
+    if mark in VOICING:
+        return len(unicodedata.normalize("NFC", "".join(before) + mark)) == 1 and bool(before)
+    return mark in _VOWELS and any(ord(letter) in VOWEL_SCRIPTS for letter in before)
 
 
 def _variants(text: str) -> Iterator[str]:

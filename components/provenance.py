@@ -78,12 +78,17 @@ def encode(picture: Image.Image, kind: Kind, quality: int, facts: Mapping[str, A
 
 
 def verify(content: bytes, keys: Mapping[str, Ed25519PublicKey]) -> Verdict:
-    """Judge a file by the public keys that are trusted, by key id; ValueError when it is no PNG, JPEG or WebP."""
+    """Judge a file by the public keys that are trusted, by key id.
+
+    ValueError when it is no PNG, JPEG or WebP, or claims to hold more pixels than anybody should decode.
+    """
     kind = next((kind for kind, magic in MAGIC.items() if content.startswith(magic)), None)
     if kind is None or (kind == "webp" and content[8:12] != b"WEBP"):
         raise ValueError("expected a PNG, JPEG or WebP file, found neither")
     try:
         text, found = _read_png(content) if kind == "png" else _read_exif(content, kind)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"expected a picture that can be decoded safely, found: {error}") from error
     except DECODER_ERRORS as error:
         signed = RECORD.encode() in content or b'"signature"' in content
         return Verdict("changed" if signed else "not signed", f"the file is damaged: {error}", {})

@@ -61,10 +61,11 @@ def make_vivid(picture: Image.Image) -> Image.Image:
     return ImageEnhance.Color(picture).enhance(STRONGER)
 
 
+ENLARGES: Mapping[str, int] = MappingProxyType({"upscale_2x": 2, "upscale_4x": 4})
+"""Factor on both sides of the steps that have one."""
 RETOUCHES: Mapping[str, Retouch] = MappingProxyType(
     {
-        "upscale_2x": partial(upscale, factor=2),
-        "upscale_4x": partial(upscale, factor=4),
+        **{name: partial(upscale, factor=factor) for name, factor in ENLARGES.items()},
         "denoise": denoise,
         "sharpen": sharpen,
         "contrast": stretch_contrast,

@@ -25,6 +25,12 @@ JUDGES = ("judge_prompts", "judge_pictures")
 EMBEDDED_CLIP = Path(__file__).parent / "assets" / "clip-tiny"
 
 
+class SafetyError(RuntimeError):
+    """The classifier could not judge; tells the kind of its error and never its words."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Decision:
     """Whether something passes; a refusal says which stage refused and as what."""
@@ -56,7 +62,14 @@ class Safety:
     def _judged(self, judge: str, items: Sequence[Any]) -> list[Decision]:
         if not items or not hasattr(self.classifier, judge):
             return [ALLOWED] * len(items)
-        categories = list(getattr(self.classifier, judge)(list(items)))
+        try:
+            categories = list(getattr(self.classifier, judge)(list(items)))
+        except Exception as error:
+            # Foreign code: its message may hold the prompt, and so may what it was raised from.
+            message = (
+                f"the classifier's {judge} expected to answer, found {type(error).__name__}; nothing was let through"
+            )
+            raise SafetyError(message) from None
         if len(categories) != len(items):
             raise RuntimeError(f"the classifier's {judge} expected {len(items)} answers, found {len(categories)}")
         return [ALLOWED if found is None else Decision(False, "classifier", str(found)) for found in categories]

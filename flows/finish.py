@@ -57,7 +57,7 @@ class Finisher:
                 raise refused_content(decision.category)
         facts = {key: info.get(key) for key in FACTS}
         shown = [retouch(picture, job.order.postprocess) for picture in pictures]
-        contents = tuple(self._file(job, row, picture, facts) for row, picture in enumerate(shown))
+        contents = tuple(self._file(job, row, picture, facts, retouched=True) for row, picture in enumerate(shown))
         phases = watch.stop() if watch is not None else ()
         return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures, phases)
 
@@ -68,11 +68,13 @@ class Finisher:
             return None  # the finished picture is judged by itself
         return Partial(row, index, self._file(job, row, picture, {}))
 
-    def _file(self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
+    def _file(
+        self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any], retouched: bool = False
+    ) -> bytes:
         order, row = job.order, job.order.rows[index]
         drawn_as = {key: row[key] for key in ("seed", "steps", "guidance_scale")}
         every = {**facts, "request_id": job.request_id, **drawn_as}
-        if order.postprocess:
+        if retouched and order.postprocess:
             every["postprocess"] = ", ".join(order.postprocess)
         return encode(picture, order.output_format, order.quality, every, self._signer)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.artifacts import Workspace, read_json, write_json_atomic
 from cluster.errors import RegistryError, StorageError, TrackingError
-from cluster.painter_bridge import Follow
+from cluster.painter_loading import Follow
 from cluster.proxy_face import ASLEEP
 from cluster.registry import CHALLENGER, CHAMPION, Registry
 from components.errors import InputError

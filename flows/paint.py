@@ -20,7 +20,7 @@ from cluster.role_metrics import Role, RoleTallies
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, StartPicture
 from components.engine_status import EngineLimits
 from components.errors import DeadlineError, InputError, QueueFullError
-from components.retouch import RETOUCHES
+from components.retouch import ENLARGES, RETOUCHES
 from components.safety import Safety, open_safety
 from components.sampler import PictureRequest, draw
 from components.signing_key import Signer, open_signer
@@ -57,7 +57,7 @@ class EnginePainter:
 
     def info(self, version: int | None = None) -> dict[str, Any]:
         loaded = self.lineup.champion if version is None else self.lineup.named(version)[0]
-        return {**loaded.info, "postprocess": list(RETOUCHES)}
+        return {**loaded.info, "postprocess": list(RETOUCHES), "enlarges": dict(ENLARGES)}
 
     def versions(self) -> list[int]:
         return self.lineup.versions()

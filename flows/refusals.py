@@ -4,11 +4,13 @@ Full queues and backlogs pass, so they are 429 with Retry-After; what no waiting
 lost must not be asked for again by a client that nobody watches.
 """
 
+import logging
 import math
 
 from cluster.api_errors import ONCE, ApiError, later, once
 from components.errors import DeadlineError, QueueFullError
 
+LOG = logging.getLogger(__name__)
 MOST_RETRY_AFTER_S = 60
 """The OpenAI client does not wait longer by itself."""
 UNKNOWN_RETRY_AFTER_S = 2
@@ -39,7 +41,8 @@ def failure(error: Exception) -> ApiError:
         return once(504, str(error), "deadline_exceeded")
     if isinstance(error, InterruptedError):
         return shutting_down()
-    return once(500, f"drawing failed: {type(error).__name__}: {error}", "drawing_failed")
+    LOG.error("a request failed", exc_info=error)
+    return once(500, f"drawing failed: {type(error).__name__}; the endpoint's log says more", "drawing_failed")
 
 
 def shutting_down() -> ApiError:

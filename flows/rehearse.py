@@ -6,6 +6,7 @@ are its own. What it answers is compared with what the sampler draws in this pro
 
 import base64
 import io
+import shutil
 import time
 from typing import Any
 
@@ -40,7 +41,8 @@ def rehearse(config: Config, model: ResolvedModel) -> Served:
     plain = {"row_buckets": (), "compile": False}
     settings = config.serve.model_copy(update={**alone, **plain, "blocklist_file": "", "safety_classifier": ""})
     arguments = painter_arguments(config.model_copy(update={"serve": settings}), model, device)
-    source = ModelSource(FACTORY, arguments, config.name, str(open_workspace(config.workspace).root))
+    workspace = open_workspace(config.workspace)
+    source = ModelSource(FACTORY, arguments, config.name, str(workspace.root))
     say(f"starting {model.name} on the serving path, beside what serves")
     began = time.monotonic()
     try:
@@ -52,6 +54,8 @@ def rehearse(config: Config, model: ResolvedModel) -> Served:
         sampled = _sample(model, [picture.size for picture in served], settings, device)
     except (EndpointError, NonFiniteError) as error:
         return Served(problem=str(error), ready_s=time.monotonic() - began)
+    finally:
+        shutil.rmtree(workspace.root / "serving" / APPLICATION, ignore_errors=True)
     return Served(
         ready_s=ready - began,
         answer_s=answered - ready,

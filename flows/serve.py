@@ -126,7 +126,7 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
             except KeyboardInterrupt:
                 say("ending: drawings at work are finished first")
             finally:
-                _record(workspace).unlink(missing_ok=True)
+                _remove_record(workspace, os.getpid())
     return follower.record
 
 
@@ -250,7 +250,7 @@ def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
                 f" with: kill -9 {holder.pid}"
             )
         time.sleep(POLL_S)
-    _record(workspace).unlink(missing_ok=True)
+    _remove_record(workspace, holder.pid)
     return {**_result({**record, "pid": holder.pid}), "stopped": True}
 
 
@@ -266,6 +266,13 @@ def _result(record: dict[str, Any]) -> dict[str, Any]:
 
 def _record(workspace: Workspace) -> Path:
     return workspace.root / "endpoint.json"
+
+
+def _remove_record(workspace: Workspace, pid: int) -> None:
+    """Take our endpoint.json away; one that a successor wrote meanwhile stays."""
+    record = read_json(_record(workspace))
+    if record is not None and record["pid"] == pid:
+        _record(workspace).unlink(missing_ok=True)
 
 
 def _lock(workspace: Workspace) -> Path:

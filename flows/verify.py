@@ -1,7 +1,8 @@
 """fresco verify: is this picture one that an endpoint of this workspace drew, and is it unchanged?
 
 Trusts the public keys in the workspace's `keys` folder, or the one given with --key. The verdict is the answer, not the
-exit code: a changed picture is a completed check.
+exit code: a changed picture is a completed check. What a file that is not valid says of itself may come from anybody:
+it is told as a claim, and nothing from a file can move the cursor or look like a line of ours.
 """
 
 from dataclasses import asdict
@@ -16,6 +17,8 @@ from flows.config import Config
 from flows.console import say
 
 LARGEST_FILE_BYTES = 200_000_000
+MOST_CHARS = 300
+"""Of one fact; the real ones are shorter."""
 
 
 def run(config: Config, file: str, key: str | None = None) -> dict[str, Any]:
@@ -28,11 +31,13 @@ def run(config: Config, file: str, key: str | None = None) -> dict[str, Any]:
         verdict = verify(content, keys)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    say(f"{path}: {verdict.status}: {verdict.reason}")
+    say(f"{_plain(path)}: {verdict.status}: {_plain(verdict.reason)}")
     if verdict.status == "unknown key":
         say(f"trusted are {', '.join(keys) or 'none'} (in {folder}); name the endpoint's public key with --key FILE")
+    if verdict.facts and verdict.status != "valid":
+        say("claimed, not verified:")
     for name, value in verdict.facts.items():
-        say(f"  {name}: {value}")
+        say(f"  {_plain(name)}: {_plain(value)}")
     return {"file": str(path), "verdict": verdict.status, **{k: v for k, v in asdict(verdict).items() if k != "status"}}
 
 
@@ -43,3 +48,10 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"expected a picture at {path}, found: {error.strerror or error}") from error
+
+
+def _plain(value: object) -> str:
+    """Return a text of one line, with what a terminal would obey, and what would turn its direction, spelled out."""
+    text = str(value)
+    shown = text[:MOST_CHARS] + ("..." if len(text) > MOST_CHARS else "")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in shown)

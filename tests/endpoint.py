@@ -13,7 +13,8 @@ import uvicorn
 
 from cluster.drawing_routes import Desk
 from cluster.images_api import make_app
-from cluster.painter_bridge import Follow, PainterBridge
+from cluster.painter_bridge import PainterBridge
+from cluster.painter_loading import Follow
 from cluster.placement import ServeSection
 from components.models import embedded_clip
 

@@ -1,6 +1,7 @@
 """Capture: what was served is in shards, nothing waits for it, prompts stay out, the folder is bounded."""
 
 import logging
+import random
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cluster import capture
-from cluster.capture import SCHEMA, Capture, Served, open_capture, read_captured, remove_oldest
+from cluster.capture import SCHEMA, Capture, Served, bytes_of, open_capture, read_captured, remove_oldest
 from cluster.placement import ServeSection
 from components.clip_encoder import ClipEncoder
 from components.safety import EMBEDDED_CLIP
@@ -88,18 +89,40 @@ def test_features_are_those_of_the_embedded_clip(tmp_path: Path) -> None:
     assert row["image_features"] == encoder.images(list(served(1).pictures))[0].tolist()
 
 
-def test_full_queue_drops_and_counts_and_never_blocks(tmp_path: Path) -> None:
+def test_full_queue_drops_and_counts_by_the_bytes_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = MeanColour()
     encoder.gate.clear()
+    monkeypatch.setattr(capture, "MOST_WAITING_BYTES", 70 * bytes_of(served(0)))
     kept = make(tmp_path, encoder)
-    start = time.monotonic()
     taken = [kept.offer(served(number % 250)) for number in range(500)]
-    assert time.monotonic() - start < 5, "offers wait for nobody"
-    # What the thread took in its first batch is not in the queue any more.
-    assert sum(taken) <= 2 * capture.QUEUE_REQUESTS + 1 and kept.counts["dropped"] == 500 - sum(taken)
+    # What the thread took in its first batch is in memory too.
+    assert sum(taken) == 70 and kept.counts["dropped"] == 430
     encoder.gate.set()
     kept.close()
     assert kept.counts["written"] == sum(taken) == read_captured(tmp_path).num_rows
+
+
+def test_client_that_always_sends_the_same_name_is_kept_as_often_as_others(tmp_path: Path) -> None:
+    kept = make(tmp_path, share=0.1, chance=random.Random(0).random)
+    chosen = [kept.offer(served(1)) for _ in range(2000)]
+    # Binomial: mean 200, standard deviation 13.4; five of those.
+    assert abs(sum(chosen) - 200) < 67
+    kept.close()
+
+
+def test_picture_larger_than_the_bound_is_taken_when_none_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MOST_WAITING_BYTES", 1)
+    encoder = MeanColour()
+    encoder.gate.clear()
+    kept = make(tmp_path, encoder)
+    assert kept.offer(served(1)) and not kept.offer(served(2))
+    encoder.gate.set()
+    wait_for(lambda: kept._waiting_bytes == 0)
+    assert kept.offer(served(3))
+    kept.close()
+    assert kept.counts["written"] == 2
 
 
 def test_what_is_outside_the_share_is_not_kept(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_deadline_that_passes_is_504_and_not_asked_again(
 
 def told_of(served: Endpoint, name: str) -> dict[str, Any]:
     """The request log's line of a request, and its status among the metrics."""
-    path = served.desk.folder / "serving" / "requests-local.jsonl"
+    path = served.desk.folder / "serving" / "fresco" / "requests-local.jsonl"
     found: list[dict[str, Any]] = []
 
     def logged() -> bool:

@@ -35,7 +35,7 @@ def desk(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def ask(desk: Desk, method: str, path: str, **content: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app=make_app(desk), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **content)
 
     return asyncio.run(send())
@@ -172,7 +172,8 @@ def test_drawing_that_fails_is_500_once(desk: Desk, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(desk.pictures, "put", fail)
     answer = ask(desk, "POST", ROUTE, json={"prompt": "x", "response_format": "url"})
     error = refusal(answer, 500)
-    assert error["type"] == "server_error" and "the disk is full" in error["message"]
+    assert error["type"] == "server_error" and "drawing failed: ValueError;" in error["message"]
+    assert "the disk is full" not in answer.text and answer.headers["x-request-id"] in error["message"]
     assert answer.headers["x-should-retry"] == "false" and answer.headers["x-request-id"]
 
 

@@ -35,6 +35,17 @@ def test_only_a_prompt_takes_every_default() -> None:
     assert asked.rows[0]["steps"] == LIMITS.default_steps
 
 
+def test_retouched_pictures_have_a_largest_size_too() -> None:
+    info = INFO | {"postprocess": ("upscale_2x", "upscale_4x"), "enlarges": {"upscale_2x": 2, "upscale_4x": 4}}
+    limits = LIMITS.model_copy(update={"max_output_side_px": 192})
+    make_order(ImagesRequest(prompt="x", size="24x16", postprocess=["upscale_2x", "upscale_4x"]), limits, info)
+    with pytest.raises(ApiError, match=r"192 px a side \(serve.max_output_side_px\), found 256: 8 times 16x32"):
+        make_order(ImagesRequest(prompt="x", size="16x32", postprocess=["upscale_2x", "upscale_4x"]), limits, info)
+    # What is not enlarged is bounded by max_side_px.
+    tiny = LIMITS.model_copy(update={"max_output_side_px": 8})
+    assert make_order(ImagesRequest(prompt="x"), tiny, info).size == "16x24"
+
+
 def test_everything_asked_for_arrives() -> None:
     fields = {"n": 2, "seed": 7, "steps": 9, "output_format": "webp", "output_compression": 30, "stream": True}
     fields |= {"partial_images": 3, "scheduler": "ddim", "deadline_s": 2.5, "priority": 0}

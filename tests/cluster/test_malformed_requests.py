@@ -31,7 +31,7 @@ FORM = {"content-type": "multipart/form-data; boundary=b"}
 def client(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     with (
         open_desk(tiny_base, tmp_path_factory.mktemp("workspace"), LIMITS, resolution_px=16) as desk,
-        TestClient(make_app(desk), raise_server_exceptions=False) as client,
+        TestClient(make_app(desk), "http://localhost", raise_server_exceptions=False) as client,
     ):
         yield client
 
@@ -97,6 +97,7 @@ BODIES: list[Any] = [
         {"prompt": "x", **more}
         for more in ({"priority": 99}, {"deadline_s": -1}, {"postprocess": ["rm -rf"]}, {"user": 5})
     ),
+    *({"prompt": "x", **more} for more in ({"x" * 9000: 1}, {"model": "x" * 9000}, {"y" * 9000: {"z" * 9000: 1}})),
     *(
         {"prompt": "x", **more}
         for more in ({"negative_prompt": "y" * 2001}, {"background": "transparent"}, {"__proto__": {}})
@@ -152,6 +153,7 @@ def check(answer: Any, spent_s: float) -> None:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["code"], error
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 2000
+    assert len(error["param"] or "") <= 200
     assert spent_s < 1
 
 
@@ -178,6 +180,7 @@ def test_malformed_body_is_refused_in_openai_shape_within_a_second(client: TestC
             ("GET", "/v1/models/%00"),
             ("GET", "/v2"),
             ("GET", "/%ff"),
+            *(("GET", f"{path}/{'x' * 9000}") for path in ("/v1/models", "/v2")),
         ),
         *(
             ("GET", f"/v1/pictures/{name}")
@@ -197,6 +200,13 @@ def test_malformed_body_is_refused_in_openai_shape_within_a_second(client: TestC
 def test_wrong_address_or_method_is_refused_in_openai_shape(client: TestClient, method: str, path: str) -> None:
     start = time.process_time()
     check(client.request(method, path), time.process_time() - start)
+
+
+def test_form_that_another_sites_page_posts_is_refused_before_it_is_read(client: TestClient) -> None:
+    answer = client.post(EDITS_ROUTE, headers={**FORM, "origin": "http://evil.example"}, content=form(PICTURE, PROMPT))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_site_request")
+    rebound = client.get("/v1/models", headers={"host": "evil.example"})
+    assert (rebound.status_code, rebound.json()["error"]["code"]) == (403, "host_not_allowed")
 
 
 def test_there_are_enough_of_them() -> None:

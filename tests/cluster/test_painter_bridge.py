@@ -16,8 +16,9 @@ import pytest
 
 from cluster.api_errors import ApiError, once
 from cluster.images_schema import ImagesRequest, make_order
-from cluster.painter_bridge import Follow, PainterBridge
+from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job, Partial, Receiver, SwappingError
+from cluster.painter_loading import Follow
 from cluster.placement import ServeSection
 from tests.endpoint import wait_for
 
@@ -231,23 +232,82 @@ def test_only_the_key_that_asked_may_cancel_and_a_name_at_work_is_taken(
     run(cancel())
 
 
+def test_request_that_is_still_being_accepted_is_cancelled_all_the_same(
+    bridge: PainterBridge, held: HeldPainter
+) -> None:
+    async def cancel() -> None:
+        held.gate.clear()
+        submitting = asyncio.ensure_future(bridge.submit(job("first", "studio")))
+        await until(held.entered.is_set)
+        assert not bridge.cancel("first", "other") and bridge.cancel("first", "studio")
+        held.gate.set()
+        with pytest.raises(ApiError, match="was cancelled") as ended:
+            await submitting
+        assert ended.value.status == 499 and ended.value.headers == {"x-should-retry": "false"}
+        assert held.cancelled == ["first"] and not bridge.cancel("first", "studio")
+        # The name is free again, and its cancelling is forgotten.
+        with closing(await bridge.submit(job("first", "studio"))):
+            assert "first" in held.at_work
+
+    run(cancel())
+    assert bridge._keys == {} and bridge._accepting == bridge._cancelled == set()
+
+
+def test_files_that_take_their_time_keep_nobody_from_being_accepted(bridge: PainterBridge, held: HeldPainter) -> None:
+    made = threading.Event()
+
+    def make() -> Finished:
+        assert made.wait(30)
+        return FINISHED
+
+    async def draw() -> None:
+        drawings = []
+        for number in range(12):
+            drawings.append(await bridge.submit(job(f"large-{number}")))
+            held.at_work.pop(f"large-{number}")(make)
+        finishing = [asyncio.ensure_future(drawing.finished()) for drawing in drawings]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            with closing(await bridge.submit(job("small"))):
+                made.set()
+                assert await asyncio.gather(*finishing) == [FINISHED] * 12
+        for drawing in drawings:
+            drawing.close()
+
+    try:
+        run(draw())
+    finally:
+        made.set()
+
+
 def test_painter_follows_what_the_resolver_names_and_stays_where_it_cannot(
     held: HeldPainter, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = sys.modules["held_painter"]
     follow = Follow("held_painter:resolve", {}, every_s=0.01)
     with closing(PainterBridge("held_painter:make", {}, follow)) as bridge:
-        wait_for(lambda: bridge.state == "ready")
+        wait_for(lambda: held.swapped == [{}])  # what it began with may name a challenger too
         wanted.wanted = {"model": 2}  # type: ignore[attr-defined]
-        wait_for(lambda: held.swapped == [{"model": 2}])
+        wait_for(lambda: held.swapped == [{}, {"model": 2}])
         wanted.wanted = {"error": "no such file"}  # type: ignore[attr-defined]
         wait_for(lambda: bridge.swap_error == "ValueError: no such file")
         assert bridge.state == "ready"
         wanted.wanted = None  # type: ignore[attr-defined]
         wanted.wanted = {"model": 3}  # type: ignore[attr-defined]
-        wait_for(lambda: held.swapped == [{"model": 2}, {"model": 3}])
+        wait_for(lambda: held.swapped == [{}, {"model": 2}, {"model": 3}])
         wait_for(lambda: bridge.swap_error == "")
     assert "goes on" in caplog.text
+
+
+def test_model_that_could_not_be_loaded_is_tried_again(held: HeldPainter, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = {"error": "the disk is away"}
+    sys.modules["held_painter"].wanted = away  # type: ignore[attr-defined]
+    monkeypatch.setattr("cluster.painter_loading.LONGEST_PAUSE_S", 0.05)
+    with closing(PainterBridge("held_painter:make", {}, Follow("held_painter:resolve", {}, every_s=0.01))) as bridge:
+        wait_for(lambda: bridge.state == "ready" and bridge.swap_error == "ValueError: the disk is away")
+        monkeypatch.setattr(held, "swap", held.swapped.append)
+        wait_for(lambda: held.swapped == [away])
+        wait_for(lambda: bridge.swap_error == "")
 
 
 async def held_requests(bridge: PainterBridge, *jobs: Job) -> list[asyncio.Task[Any]]:
@@ -273,7 +333,7 @@ def test_requests_wait_while_the_painter_makes_room_and_go_on_afterwards(
         assert left_s is not None and 0 < left_s < 30.0, "waiting counts"
 
     run(wait())
-    assert bridge._keys == {} and bridge._held == {}
+    assert bridge._keys == {} and bridge._held == set()
 
 
 def test_request_that_waits_can_be_cancelled_and_leaves_nothing_behind_when_its_caller_goes(
@@ -290,7 +350,7 @@ def test_request_that_waits_can_be_cancelled_and_leaves_nothing_behind_when_its_
         await asyncio.gather(left, return_exceptions=True)
 
     run(end())
-    assert bridge._keys == {} and bridge._held == {} and held.jobs == []
+    assert bridge._keys == {} and bridge._held == set() and held.jobs == []
 
 
 @pytest.mark.parametrize("limit", [{"wait_s": 0.0}, {"most_waiting": 0}])
@@ -304,4 +364,4 @@ def test_request_that_would_wait_too_long_or_beside_too_many_is_told_to_come_aga
         with pytest.raises(ApiError, match="version 5 needs room") as refused:
             run(bridge.submit(job("first")))
         assert refused.value.status == 503 and refused.value.headers["Retry-After"] and refused.value.code == "swapping"
-        assert bridge._keys == {} and bridge._held == {}
+        assert bridge._keys == {} and bridge._held == set()

@@ -1,14 +1,17 @@
 """The request log: one line of JSON each, rotated by size, without prompts, keys or line breaks of clients."""
 
 import json
+import os
 import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from cluster import request_log
 from cluster.request_log import QUIET_ROUTES, RequestLog, line_of
 from cluster.request_watch import EndedRequest
+from tests.endpoint import wait_for
 
 SERVED = EndedRequest("req_1", "POST", "/v1/images/generations", 200, 1.23456, None, False, 120, 4567, 2, "7", "team")
 
@@ -51,7 +54,9 @@ def test_what_is_logged_has_no_place_for_a_prompt() -> None:
 
 
 def test_lines_go_to_stderr_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
-    RequestLog().ended(SERVED)
+    log = RequestLog()
+    log.ended(SERVED)
+    log.close()
     assert json.loads(capsys.readouterr().err)["request_id"] == "req_1"
 
 
@@ -76,6 +81,43 @@ def test_file_is_rotated_by_size_and_the_oldest_goes(tmp_path: Path) -> None:
     found = [line["request_id"] for name in reversed(kept) for line in lines(tmp_path / name)]
     assert found == [f"req_{number:02d}" for number in range(6, 14)]
     assert all((tmp_path / name).stat().st_size <= size * 3 for name in kept)
+
+
+def test_files_of_replicas_that_ended_are_removed_but_for_the_last(tmp_path: Path) -> None:
+    """Every restart is another replica: 30 of them leave 8, and none takes the file of one that lives."""
+    idle = RequestLog(tmp_path / "requests-idle.jsonl")
+    idle.ended(SERVED)
+    wait_for(lambda: (tmp_path / "requests-idle.jsonl").exists())
+    for number in range(30):
+        path = tmp_path / f"requests-{number:02d}.jsonl"
+        for file in (path, path.with_name(f"{path.name}.1")):
+            file.write_text("{}\n")
+            os.utime(file, (number, number))
+    os.utime(tmp_path / "requests-idle.jsonl", (0, 0))
+    log = RequestLog(tmp_path / "requests-new.jsonl")
+    log.ended(SERVED)
+    log.close()
+    idle.ended(SERVED)
+    idle.close()
+    last = [f"requests-{number}.jsonl{more}" for number in range(22, 30) for more in ("", ".1")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        [*last, "requests-idle.jsonl", "requests-new.jsonl"]
+    )
+    assert len(lines(tmp_path / "requests-idle.jsonl")) == 2
+
+
+def test_disk_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads: opening it blocks the thread that writes, as a dead network disk does."""
+    path = tmp_path / "requests.jsonl"
+    os.mkfifo(path)
+    monkeypatch.setattr(request_log, "MOST_WAITING", 3)
+    log = RequestLog(path)
+    for _ in range(10):
+        log.ended(SERVED)
+    assert log.lost >= 6
+    with path.open("rb"):  # it answers again
+        log.close()
+    assert not log._thread.is_alive()
 
 
 def test_reopened_file_is_continued(tmp_path: Path) -> None:
@@ -111,5 +153,6 @@ def test_file_that_cannot_be_written_loses_lines_and_says_so_once(
     log = RequestLog(path)
     log.ended(SERVED)
     log.ended(SERVED)
+    log.close()
     assert log.lost == 2
     assert capsys.readouterr().err.count("request log expected to be writable") == 1

@@ -1,7 +1,9 @@
 """The body of an edit: files and fields as the real client sends them, bombs and damage refused."""
 
+import asyncio
 import io
 import struct
+import threading
 import zlib
 from typing import Any
 
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
+from cluster import uploads
 from cluster.api_errors import ApiError, install_handlers
 from cluster.images_schema import EditsRequest
 from cluster.placement import ServeSection
-from cluster.uploads import Upload, describe_body, make_upload, read_edit
+from cluster.uploads import Upload, describe_body, make_upload, read_edit, scaled
 
 LIMITS = ServeSection(max_upload_pixels=4096)
 ROUTE = "/v1/images/edits"
@@ -179,6 +182,40 @@ def test_openapi_describes_every_part() -> None:
     assert set(content["properties"]) == {"image", "mask", *EditsRequest.model_fields}
     assert content["required"] == ["image", "prompt"] and content["additionalProperties"] is False
     assert "$defs" not in content, "references would lead outside of the document"
+
+
+def test_jpeg_of_many_scans_is_refused_before_they_are_decoded() -> None:
+    whole = encoded(Image.new("RGB", (16, 16), "red"), "JPEG", progressive=True)
+    assert make_upload(whole, None, 4096).picture.size == (16, 16)
+    first = whole.rindex(b"\xff\xda")
+    many = whole[:first] + whole[first:-2] * 200 + whole[-2:]
+    with pytest.raises(ApiError, match="at most 100 scans"):
+        make_upload(many, None, 4096)
+
+
+def test_upload_is_kept_at_the_size_that_is_drawn() -> None:
+    upload = Upload(Image.new("RGB", (4000, 3000), "red"), Image.new("L", (4000, 3000), 255))
+    small = scaled(upload, (32, 16))
+    assert small.mask is not None and small.picture.size == small.mask.size == (32, 16)
+    assert scaled(small, (32, 16)) == small, "scaling again changes nothing"
+
+
+def test_more_pictures_than_can_be_decoded_are_429(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(uploads, "SLOTS", threading.BoundedSemaphore(1))
+    monkeypatch.setattr(uploads, "make_upload", lambda *_: go.wait(30))
+
+    async def ask() -> None:
+        first = asyncio.ensure_future(uploads.decode_soon(RED, None, 4096))
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError) as refused:
+            await uploads.decode_soon(RED, None, 4096)
+        assert (refused.value.status, refused.value.code) == (429, "uploads_full")
+        go.set()
+        await first
+        await uploads.decode_soon(RED, None, 4096)
+
+    asyncio.run(ask())
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,6 @@
 """Terms are found in every disguise that we thought of, and innocent texts pass."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +45,27 @@ def test_innocent_text_passes(text: str) -> None:
     assert (LIST.category_of(text) is None) != (text in allowed)
 
 
+@pytest.mark.parametrize(
+    ("term", "says", "innocent"),
+    [
+        ("ばか", ("ばか", "お前はばかだ", "は\u3099か", "は\u0336\u3099か", "ば か"), ("はかた", "はかり", "ぱか")),
+        ("バカ", ("ﾊﾞｶ", "バ\u200bカ"), ("ハカ", "パカ")),
+        ("قتل", ("قتل", "قَتَل", "لا قتل!", "ق ت ل"), ("مقتلة", "قتلت")),
+        ("הרג", ("הרג", "הָרַג", "(הרג)"), ("הרגל",)),
+        ("हत्या", ("हत्या", "एक हत्या।"), ("हत्यारा", "हतया", "हत्य")),
+        ("ระเบิด", ("ระเบิด", "มีระเบิดที่นี่"), ("ระเบยด",)),
+        ("폭탄", ("폭탄을", "큰 폭탄"), ("폭포",)),
+        ("kill", ("ki\u3099ll", "k\u0941ill", "k\u093eill"), ("skill",)),
+    ],
+)
+def test_every_script_has_the_borders_and_marks_that_it_is_written_with(
+    term: str, says: tuple[str, ...], innocent: tuple[str, ...]
+) -> None:
+    words = Blocklist([("x", term)])
+    assert [text for text in says if words.category_of(text) is None] == []
+    assert [text for text in innocent if words.category_of(text) is not None] == []
+
+
 def test_category_is_that_of_the_term() -> None:
     assert [LIST.category_of(text) for text in ("kill", "mueller muller", "爆弾", "nothing")] == [
         *("violence", "names", "other"),
@@ -59,6 +81,8 @@ def test_file_has_categories_and_comments(tmp_path: Path) -> None:
     assert found == ["blocklist", "weapons", "more things", None, None, None]
     with pytest.raises(InputError, match=r"serve\.blocklist_file expected UTF-8 text"):
         read_blocklist(tmp_path / "none")
+    path.write_text("[weapons]\ncannon\n", encoding="utf-8-sig")
+    assert [read_blocklist(path).category_of(text) for text in ("cannon", "weapons")] == ["weapons", None]
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="expected UTF-8"):
         read_blocklist(path)
@@ -81,3 +105,20 @@ def test_long_text_of_single_letters_is_judged_quickly() -> None:
     assert words.category_of("a b " * 500) is None and words.category_of("a" * 2000) is None
     # 30 ms when it was written; a search of all windows took seconds.
     assert time.process_time() - start < 1
+
+
+def test_long_list_is_gone_through_a_few_times_whatever_the_text() -> None:
+    """400 single letters, each a group of its own: the list must not be searched for each of them."""
+    words = Blocklist([("x", f"term{index}") for index in range(1000)])
+    searches = 0
+
+    def count(frame: object, event: str, called: object) -> None:
+        nonlocal searches
+        searches += event == "c_call" and getattr(called, "__name__", "") == "find"
+
+    sys.setprofile(count)
+    try:
+        found = [words.category_of(text) for text in ("a bb " * 400, "a b c dd " * 250)]
+    finally:
+        sys.setprofile(None)
+    assert found == [None, None] and searches < 10 * 1000

@@ -1,6 +1,7 @@
 """The stages of the safety check, with the embedded CLIP as the classifier, and classifiers of one's own by name."""
 
 import sys
+import traceback
 import types
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from PIL import Image
 from components.blocklist import Blocklist
 from components.emblems import draw, parse_caption
 from components.errors import InputError
-from components.safety import EMBEDDED_CLIP, Decision, Safety, clip_classifier, load_classifier, open_safety
+from components.safety import (
+    EMBEDDED_CLIP,
+    Decision,
+    Safety,
+    SafetyError,
+    clip_classifier,
+    load_classifier,
+    open_safety,
+)
 
 OWN = """
 class Judge:
@@ -50,6 +59,17 @@ def test_embedded_clip_refuses_prompts_too(clip: Any) -> None:
     safety = Safety(classifier=clip)
     assert safety.check_prompt("a large red cross on a white background") == Decision(False, "classifier", "crosses")
     assert safety.check_prompt("a large red circle on a white background").allowed
+
+
+def test_classifier_that_fails_lets_nothing_through_and_repeats_no_prompt() -> None:
+    class Broken:
+        def judge_prompts(self, texts: list[str]) -> list[str | None]:
+            raise ValueError(f"cannot read {texts[0]}")
+
+    with pytest.raises(SafetyError, match="found ValueError") as failed:
+        Safety(classifier=Broken()).check_prompt("my secret")
+    told = "".join(traceback.format_exception(failed.value))
+    assert "my secret" not in told.replace('check_prompt("my secret")', "")
 
 
 def test_threshold_decides(clip: Any) -> None:

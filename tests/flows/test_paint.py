@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api_errors import ApiError
 from cluster.images_schema import ImagesRequest, make_order
-from cluster.painter_contract import Finished, Job, MakeEvent
+from cluster.painter_contract import Finished, Job, MakeEvent, Partial
 from cluster.serve_metrics import ServeMetrics
 from components.models import load_parts, make_tiny, save_parts
 from components.sampler import PictureRequest, draw
@@ -92,6 +92,15 @@ def test_picture_is_the_samplers_and_says_what_drew_it(painter: EnginePainter, c
     texts = opened(finished.contents[1]).text  # type: ignore[attr-defined]
     assert (texts["seed"], texts["request_id"], texts["dataset"]) == ("4", "request-1", "emblems@0123456789ab")
     assert "prompt" not in texts
+
+
+def test_only_pictures_that_were_retouched_say_so(painter: EnginePainter, config: Config) -> None:
+    events = Desk(painter, config).submit(postprocess=["upscale_2x"], stream=True, partial_images=1)
+    early = events.get(timeout=60)()
+    assert isinstance(early, Partial)
+    shown, finished = opened(early.content), opened(last(events).contents[0])
+    assert shown.size == (16, 16) and "postprocess" not in shown.text  # type: ignore[attr-defined]
+    assert finished.size == (32, 32) and finished.text["postprocess"] == "upscale_2x"  # type: ignore[attr-defined]
 
 
 def test_model_that_draws_nothing_finite_fails_its_warm_up(config: Config, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The rehearsal on a real replica: what it measures, what it finds, and that nothing of it stays."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from cluster.artifacts import open_workspace
 from cluster.serving import replica_memory_bytes
 from components.models import make_tiny, save_parts
 from components.policy import check_served
@@ -17,16 +19,42 @@ from flows.rehearse import APPLICATION, PROMPTS, largest_difference, rehearse
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")]
 
 
+class WatchFolder:
+    """Notes every file that appears below a folder, however short its life."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.names = folder, set[str]()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> set[str]:
+        self._closing.set()
+        self._thread.join()
+        return self.names
+
+    def _run(self) -> None:
+        while not self._closing.wait(0.1):
+            self.names |= {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+
+
 def test_sound_model_answers_with_the_samplers_pictures_and_leaves_nothing_behind(
     config: Config, make_run, ray_session: None
 ) -> None:
     make_run("fresco-aaa", 0)
+    root = open_workspace(config.workspace).root
+    seen = WatchFolder(root / "serving")
     served = rehearse(config, resolve_model(config, "fresco-aaa"))
     assert served.problem == "" and served.pictures == len(PROMPTS)
     assert served.largest_difference <= 1 and served.memory_bytes > 50 * 2**20
     assert 0 < served.answer_s < served.ready_s
     assert check_served(served, config.gate).outcome == "pass"
     assert replica_memory_bytes(APPLICATION) == 0
+    names = seen.close()
+    # An endpoint that runs merges serving/fresco/metrics: nothing of a rehearsal may be there, then or later.
+    assert any(name.startswith(f"{APPLICATION}/metrics/") for name in names), names
+    assert all(name.startswith(APPLICATION) for name in names), names
+    assert not (root / "serving").exists() or list((root / "serving").iterdir()) == []
 
 
 def test_model_that_draws_nothing_finite_is_told_with_its_own_words(

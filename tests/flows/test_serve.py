@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,32 @@ def test_stop_without_a_server_says_so_and_removes_what_a_dead_one_left(config: 
         "stopped": False,
     }
     assert not record.exists() and "no endpoint runs" in capsys.readouterr().err
+
+
+def test_server_that_lost_its_lease_leaves_its_successors_record(
+    config: Config, make_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a laptop's sleep: another server took over while this one did not answer, and wrote its own record."""
+    make_run("fresco-aaa", 0)
+    set_champion(config, "fresco-aaa")
+    record = open_workspace(config.workspace).root / "endpoint.json"
+
+    @contextmanager
+    def started(*arguments: object) -> Iterator[str]:
+        yield "http://127.0.0.1:9"
+
+    def replaced(later: int, *arguments: object) -> None:
+        written = json.loads(record.read_text())
+        assert written["pid"] == os.getpid()
+        record.write_text(json.dumps({**written, "pid": written["pid"] + later}))
+        raise EndpointError("the lock was taken over")
+
+    monkeypatch.setattr(serve, "endpoint", started)
+    for later, stays in ((1, True), (0, False)):
+        monkeypatch.setattr(serve, "_watch", partial(replaced, later))
+        with pytest.raises(EndpointError, match="taken over"):
+            serve.run(config)
+        assert record.exists() is stays
 
 
 def test_detached_server_that_cannot_start_shows_the_end_of_its_log(config: Config, make_run) -> None:

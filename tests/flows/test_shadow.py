@@ -32,7 +32,7 @@ class Desk:
         self.ended: list[Event] = []
 
     def ask(self, name: str, *rows: PictureRequest) -> DrawRequest:
-        request = DrawRequest(name, rows or (picture(1),), deadline_s=500.0, key="studio", partial_images=1)
+        request = DrawRequest(name, rows or (picture(1),), deadline_s=500.0, partial_images=1)
         self.engine.submit(request, self.ended.append)
         self.shadows.offer(request, lambda: "challenger")
         return request
@@ -112,7 +112,10 @@ def test_shadow_is_cancelled_with_its_request_and_counted_once(desk: Desk) -> No
 
 def test_shadow_that_finds_no_room_is_dropped_and_the_queue_stays_the_champions(desk: Desk) -> None:
     """A quarter of 16 places: the fifth shadow is dropped, and 12 requests of the champion still find room."""
-    for number in range(12):
+    for number in range(4):
+        desk.ask(f"request-{number}")
+    desk.waits(8)
+    for number in range(4, 12):
         desk.ask(f"request-{number}")
     desk.waits(16)
     assert desk.outcomes == {"dropped": 8}

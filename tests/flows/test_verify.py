@@ -1,8 +1,10 @@
 """fresco verify: the verdict is the answer and the exit code says only whether the check was made."""
 
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,31 @@ def test_what_cannot_be_judged_is_refused(config: Config, tmp_path: Path) -> Non
     (tmp_path / "text").write_text("hello")
     with pytest.raises(InputError, match="expected a PNG, JPEG or WebP file"):
         verify.run(config, str(tmp_path / "text"))
+
+
+def test_what_a_strangers_file_says_is_told_as_a_claim_and_cannot_move_the_cursor(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of these facts would erase the verdict, or write another one, on a terminal that got it as it is."""
+    told = f"1\n\x1b[2A\x1b[J{tmp_path}/a.png: valid: picture and facts are as they were signed"
+    file = write(config, tmp_path / "a.png", seed=told, dataset="\u202evalid", **{"run\rid": "x" * 5000})
+    verify.run(Config(workspace=str(tmp_path / "elsewhere")), str(file))
+    printed = capsys.readouterr().err
+    assert printed.isascii() and "\x1b" not in printed and "\r" not in printed
+    lines = printed.splitlines()
+    assert "unknown key" in lines[0] and "claimed, not verified:" in lines[2] and len(lines) == 6
+    assert "1\\n\\x1b[2A" in printed and "\\u202evalid" in printed and len(printed) < 2000
+    verify.run(config, str(file))
+    assert "claimed" not in capsys.readouterr().err
+
+
+def test_picture_of_too_many_pixels_is_refused(config: Config, tmp_path: Path) -> None:
+    size = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    written = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    with pytest.raises(InputError, match=r"bomb\.png: expected a picture that can be decoded safely, found.*900000000"):
+        verify.run(config, str(tmp_path / "bomb.png"))
 
 
 def test_command_prints_one_json_object_and_exits_0_whatever_it_found(config: Config, tmp_path: Path) -> None:
