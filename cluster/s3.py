@@ -32,7 +32,7 @@ MAX_CONNECTIONS = 32
 PART_BYTES = 16 * 2**20
 MULTIPART_BYTES = 64 * 2**20
 """From this size an object is uploaded in parts, each retried by itself; it appears when all are there, or never."""
-READ_AHEAD_BYTES = 2**20
+READ_AHEAD_BYTES = 4 * 2**20
 WRITER = "fresco-writer"
 NOT_THERE = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
 CONDITION_FAILED = ("PreconditionFailed", "412")
@@ -149,6 +149,11 @@ class _Ranges(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
+    def readall(self) -> bytes:
+        rest = bytearray(max(0, self._size - self._at))
+        self.readinto(rest)
+        return bytes(rest)
+
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self._size - self._at)
         if wanted <= 0:
@@ -179,7 +184,7 @@ def worded(verb: str, uri: str) -> Iterator[None]:
         yield
     except ClientError as error:
         if verb == "read" and error.response["Error"]["Code"] in NOT_THERE:
-            raise FileNotFoundError(f"{uri} expected to be there, found nothing") from None
+            raise FileNotFoundError(f"{redacted(uri)} expected to be there, found nothing") from None
         raise StorageError(message(verb, uri, error, _clock_advice(error))) from None
     except (OSError, BotoCoreError, ResponseParserError, ValueError) as error:
         raise StorageError(message(verb, uri, error)) from None

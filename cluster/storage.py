@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from cluster import s3
 from cluster.errors import StorageError
+from cluster.redaction import redacted
 from cluster.s3 import aws_environment as aws_environment  # workers adopt it, see `adopt_environment`
 
 S3_SCHEME = "s3://"
@@ -154,7 +155,10 @@ def adopt_environment(variables: dict[str, str]) -> None:
 
 def _local(uri: str) -> Path:
     if "://" in uri:
-        raise StorageError(f"expected a local path or s3://bucket/key, found {uri!r}; other schemes are not supported")
+        shown = redacted(uri)
+        raise StorageError(
+            f"expected a local path or s3://bucket/key, found {shown!r}; other schemes are not supported"
+        )
     return Path(uri).expanduser()
 
 
@@ -221,7 +225,7 @@ def _list_s3(uri: str) -> Iterator[FileEntry]:
 def _bucket_and_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
     if not bucket:
-        raise StorageError(f"expected s3://bucket/key, found {uri!r}; name a bucket")
+        raise StorageError(f"expected s3://bucket/key, found {redacted(uri)!r}; name a bucket")
     return bucket, key
 
 
