@@ -5,6 +5,7 @@ at a time, because the server behind checks a condition and writes in two steps 
 does both at once. Nothing here knows what is under test: what the client sees are bytes on a socket.
 """
 
+import logging
 import random
 import re
 import socket
@@ -86,6 +87,7 @@ class Network:
 @contextmanager
 def s3_server() -> Iterator[Network]:
     """A server with a proxy before it, in threads of this process; `Network.url` is what AWS_ENDPOINT_URL should be."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     behind = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     behind.start()
     network = Network()
