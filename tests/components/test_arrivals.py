@@ -1,6 +1,7 @@
 """What counts as arrived: tables of cases, and the one-pass pairing against a plain one."""
 
 import posixpath
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -102,6 +103,19 @@ def test_pairing_in_one_pass_finds_what_a_look_at_all_names_finds(names: set[str
     stems = {posixpath.splitext(name)[0] for name in pictures}
     expected |= {(name, NO_PICTURE_YET) for stem, name in captions.items() if stem not in stems}
     assert found == expected
+
+
+def test_pairing_holds_few_names_however_many_there_are() -> None:
+    read = 0
+
+    def files() -> Iterator[State]:
+        nonlocal read
+        for name in sorted(f"{index}{suffix}" for index in range(3000) for suffix in (".png", ".txt")):
+            read += 1
+            yield state(name)
+
+    for number, _ in enumerate(pairs(files()), 1):
+        assert read - 2 * number <= 2
 
 
 def test_layout_is_chosen_as_prepare_chooses_it() -> None:
