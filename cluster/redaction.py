@@ -20,10 +20,11 @@ SECRET_VARIABLES = (
     "AWS_CONTAINER_AUTHORIZATION_TOKEN",
 )
 _SIGNED_QUERY = re.compile(
-    r"\?[^\s'\"<>]*(?:X-Amz-(?:Signature|Security-Token|Credential)|Signature|AWSAccessKeyId|sig)=[^\s'\"<>]*", re.I
+    r"(?:\?|%3F)[^\s'\"<>]*(?:X-Amz-(?:Signature|Security-Token|Credential)|Signature|AWSAccessKeyId|sig)(?:=|%3D)[^\s'\"<>]*",
+    re.I,
 )
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"<>]+@")
-_AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256[^'\"\n]*")
+_AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256 [^'\"\n]*")
 
 
 def redacted(text: str, secrets: Iterable[str] = ()) -> str:

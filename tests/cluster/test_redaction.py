@@ -17,6 +17,7 @@ SECRET = "wJalr/UtnFEMI+K7MDENG=bPxRfiCY"
             "https://b.s3.amazonaws.com/k?[hidden] then",
         ),
         ("'https://b/k?AWSAccessKeyId=A&Signature=b%3D&Expires=1'", "'https://b/k?[hidden]'"),
+        ("http://h/k%3FX-Amz-Signature%3Dab%26x%3Dy there", "http://h/k?[hidden] there"),
         ("http://user:password@127.0.0.1:9000/b", "http://[hidden]@127.0.0.1:9000/b"),
         ("Authorization: AWS4-HMAC-SHA256 Credential=A/1, Signature=2", "Authorization: [hidden]"),
         ("s3://bucket/testing/a?list=1 and a@b.c", "s3://bucket/testing/a?list=1 and a@b.c"),
