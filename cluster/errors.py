@@ -16,6 +16,10 @@ class StorageError(RuntimeError):
     exit_code = 1
 
 
+class LeaseLostError(StorageError):
+    """Another process took the lease over, or wrote with a newer token; nothing was changed by the late one."""
+
+
 class WorkerError(RuntimeError):
     """The worker group failed and its failure budget is spent."""
 

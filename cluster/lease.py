@@ -1,89 +1,127 @@
-"""Who may change a shared thing of the workspace right now: a lock file with an owner, a heartbeat and a time-to-live.
+"""Who may change a shared thing right now: a lease with an owner, a heartbeat, a time-to-live and a fencing token.
 
-The file says who holds it and when they last confirmed it. A holder that died (its process is gone, or its heartbeat
-is older than the time-to-live) is replaced; a live one is waited for, up to a limit. Every acquisition gets a higher
-token than the one before, so that a replaced holder can notice. For folders that honour flock: local disks, most NFS.
+On a disk and on S3 alike: the holder of token N is whoever created the file N below `<lease>.epochs/`, which exactly
+one can, and the newest file counts. Only its holder writes to it, so nobody ever waits for a process that stopped. A
+holder that is dead (its process is gone from this very machine, or its heartbeat did not change while we watched for
+its time-to-live on our own clock) is replaced by token N + 1. No two machines' clocks are compared for that. A replaced
+holder learns it from `confirm`; what it may still do between `confirm` and its effect, `fencing` refuses.
 """
 
-import fcntl
+import json
 import os
+import posixpath
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
 
-from cluster.artifacts import disk_message, read_json, write_json_atomic
-from cluster.errors import StorageError
+from cluster import storage
+from cluster.errors import LeaseLostError, StorageError
 
 POLL_S = 0.1
 CLOCK_SLACK_S = 2.0
+TOKEN_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What a lock file says about its holder; times are Unix seconds."""
+    """What an epoch file says about its holder; times are Unix seconds by the holder's clock, for people to read."""
 
     owner: str
     host: str
+    machine: str
+    """Boot and process namespace: only where it equals ours does `pid` mean anything to us."""
     pid: int
     pid_started: float
     nonce: str
     token: int
     since: float
     heartbeat: float
+    beats: int
     ttl_s: float
+    released: bool = False
+
+
+class Watch:
+    """Notices that a holder's heartbeat stands still, by this process's own monotonic clock."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, str, int] | None = None
+        self._since = 0.0
+        self.moved = False
+        """The heartbeat changed since the watch began: its holder is alive."""
+
+    def stands_still_for(self, lease: Lease) -> bool:
+        """Look once more; True when nothing changed over looks that span the holder's whole time-to-live."""
+        now, seen = time.monotonic(), (lease.token, lease.nonce, lease.beats)
+        if seen != self._seen:
+            self.moved = self._seen is not None
+            self._seen, self._since = seen, now
+        return now - self._since > lease.ttl_s
+
+    def forget(self) -> None:
+        """Begin anew after a failed look: while storage did not answer us, it did not answer the holder either."""
+        self._seen = None
 
 
 @contextmanager
 def hold_lease(
-    path: Path, owner: str, ttl_s: float = 30.0, wait_s: float = 30.0, notify: Callable[[str], None] | None = None
+    place: str | Path,
+    owner: str,
+    ttl_s: float = 30.0,
+    wait_s: float = 30.0,
+    notify: Callable[[str], None] | None = None,
 ) -> Iterator[Callable[[], Lease]]:
-    """Hold the lock at `path` for the length of the block; yields a function that proves it is still held.
+    """Hold the lease at `place` (a path or s3:// address) for the block; yields a function that proves it is held.
 
-    The yielded function returns the current lease and raises StorageError when somebody replaced us: call it before
-    every side effect. StorageError also when a live owner keeps the lock for longer than `wait_s` seconds.
+    The yielded function renews and returns the lease, and raises LeaseLostError when somebody replaced us: call it
+    before every side effect, and give its token to `fencing`. StorageError when another owner keeps the lease for
+    longer than `wait_s` seconds; where only waiting can tell whether it lives, after its time-to-live at the latest.
     """
-    lease = _acquire(path, owner, ttl_s, wait_s, notify)
+    uri = f"{place}.epochs"
+    held = _Held(uri, _acquire(uri, owner, ttl_s, wait_s, notify))
     ended = threading.Event()
-
-    def confirm() -> Lease:
-        with _guard(path):
-            return _renew(path, lease)
 
     def beat() -> None:
         while not ended.wait(ttl_s / 3):
             try:
-                confirm()
-            except (StorageError, OSError):
-                return  # lost or unwritable: the holder learns it from its next `confirm`
+                held.confirm()
+            except LeaseLostError:
+                return  # the holder learns it from its next `confirm`
+            except StorageError:
+                continue  # perhaps only for a moment; if not, `confirm` says so where it matters
 
-    heart = threading.Thread(target=beat, name=f"heartbeat of {path.name}", daemon=True)
+    heart = threading.Thread(target=beat, name=f"heartbeat of {posixpath.basename(uri)}", daemon=True)
     heart.start()
     try:
-        yield confirm
+        yield held.confirm
     finally:
         ended.set()
         heart.join()
-        _release(path, lease)
+        held.release()
 
 
-def read_lease(path: Path) -> Lease | None:
-    """Return the live holder of the lock at `path`, None when it is free or its holder is dead."""
-    lease = _parse(path)
-    return lease if lease is not None and is_alive(lease) else None
+def read_lease(place: str | Path) -> Lease | None:
+    """Return the holder of the lease at `place`, None when it is free or its holder is known or likely to be dead."""
+    lease = _newest(f"{place}.epochs")
+    return lease if lease is not None and not lease.released and is_alive(lease) else None
 
 
 def is_alive(lease: Lease) -> bool:
-    """Tell whether a holder still counts: its heartbeat is fresh and, on this host, its process is the same one."""
+    """Tell at once whether a holder seems alive, for people: of another machine by its clock, which may be wrong.
+
+    Nothing is taken over on this word; `hold_lease` watches the heartbeat instead.
+    """
     if time.time() - lease.heartbeat > lease.ttl_s:
         return False
-    return lease.host != socket.gethostname() or process_is(lease.pid, lease.pid_started)
+    return lease.machine != this_machine() or process_is(lease.pid, lease.pid_started)
 
 
 def process_is(pid: int, started: float) -> bool:
@@ -95,84 +133,137 @@ def process_is(pid: int, started: float) -> bool:
         return False
 
 
-def _acquire(path: Path, owner: str, ttl_s: float, wait_s: float, notify: Callable[[str], None] | None) -> Lease:
-    deadline = time.monotonic() + wait_s
-    told = False
-    while True:
-        with _guard(path):
-            holder = _parse(path)
-            if holder is None or not is_alive(holder):
-                lease = _new_lease(owner, ttl_s, token=_last_token(path) + 1)
-                write_json_atomic(_counter(path), lease.token)
-                write_json_atomic(path, asdict(lease))
-                return lease
-        if time.monotonic() >= deadline:
-            raise StorageError(
-                f"{path} expected to be free, found held by {describe(holder)} after {wait_s:.0f} s of waiting; wait"
-                " for it to end, or end that process: its lock is then taken over"
-            )
-        if notify is not None and not told:
-            notify(f"waiting up to {wait_s:.0f} s for {path.name}, held by {describe(holder)}")
-            told = True
-        time.sleep(POLL_S)
-
-
 def describe(lease: Lease) -> str:
     """Say who holds a lease, for people."""
     return f"{lease.owner} (process {lease.pid} on {lease.host}, since {time.time() - lease.since:.0f} s)"
 
 
-def _new_lease(owner: str, ttl_s: float, token: int) -> Lease:
-    now = time.time()
-    pid = os.getpid()
+@lru_cache(maxsize=1)
+def this_machine() -> str:
+    """Name this boot of this host and its process namespace: two containers of one host number processes apart."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}/{uuid.getnode():x}"
+
+
+class _Held:
+    """A lease of this process; used by its heartbeat and by its owner, so every step is under a lock."""
+
+    def __init__(self, uri: str, lease: Lease) -> None:
+        self._uri, self._lease = uri, lease
+        self._lock = threading.Lock()
+
+    def confirm(self) -> Lease:
+        with self._lock:
+            renewed = replace(self._lease, heartbeat=time.time(), beats=self._lease.beats + 1)
+            # Written before the look: a network file system then shows us its folder as it is, not from memory.
+            _write(self._uri, renewed)
+            self._lease = renewed
+            newest = _newest_token(self._uri)
+            if newest != renewed.token:
+                raise LeaseLostError(
+                    f"{self._uri} expected to be held by {renewed.owner} (token {renewed.token}), found token {newest}:"
+                    " the lease was taken over while this process did not answer; nothing more was changed, run the"
+                    " command again"
+                )
+            return renewed
+
+    def release(self) -> None:
+        """Free the lease for the next; one that was lost is left alone, one that cannot be reached dies by itself."""
+        with self._lock, suppress(StorageError):
+            if _newest_token(self._uri) == self._lease.token:
+                _write(self._uri, replace(self._lease, released=True, beats=self._lease.beats + 1))
+
+
+def _acquire(uri: str, owner: str, ttl_s: float, wait_s: float, notify: Callable[[str], None] | None) -> Lease:
+    deadline = time.monotonic() + wait_s
+    watch, told = Watch(), False
+    while True:
+        try:
+            holder = _newest(uri)
+        except StorageError:
+            watch.forget()
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(POLL_S)
+            continue
+        if holder is None or _is_over(holder, watch):
+            lease = _claim(uri, owner, ttl_s, token=1 if holder is None else holder.token + 1)
+            if lease is not None:
+                return lease
+            continue
+        watching = holder.machine != this_machine() and not watch.moved
+        if time.monotonic() >= deadline and not watching:
+            raise StorageError(
+                f"{uri} expected to be free, found held by {describe(holder)} after {wait_s:.0f} s of waiting; wait"
+                " for it to end, or end that process: its lease is then taken over"
+            )
+        if notify is not None and not told:
+            notify(f"waiting up to {wait_s:.0f} s for {posixpath.basename(uri)}, held by {describe(holder)}")
+            told = True
+        time.sleep(POLL_S if not storage.is_s3(uri) else max(POLL_S, min(1.0, holder.ttl_s / 10)))
+
+
+def _is_over(holder: Lease, watch: Watch) -> bool:
+    if holder.released:
+        return True
+    if holder.machine == this_machine() and not process_is(holder.pid, holder.pid_started):
+        return True
+    return watch.stands_still_for(holder)
+
+
+def _claim(uri: str, owner: str, ttl_s: float, token: int) -> Lease | None:
+    """Create the epoch; None when another was faster."""
+    now, pid = time.time(), os.getpid()
     started = psutil.Process(pid).create_time()
-    return Lease(owner, socket.gethostname(), pid, started, uuid.uuid4().hex, token, now, now, ttl_s)
+    nonce = uuid.uuid4().hex
+    lease = Lease(owner, socket.gethostname(), this_machine(), pid, started, nonce, token, now, now, 0, ttl_s)
+    if not storage.put_if_absent(_epoch(uri, token), _content(lease)):
+        return None
+    older = [other for other in _tokens(uri) if other != token]
+    if older and max(older) > token:
+        return None  # the look was so long ago that this number had come, gone and been cleared away
+    for other in older:
+        with suppress(StorageError):  # who may not delete keeps a few small files more
+            storage.delete(_epoch(uri, other))
+    return lease
 
 
-def _renew(path: Path, lease: Lease) -> Lease:
-    found = _parse(path)
-    if found is None or found.nonce != lease.nonce:
-        holder = "nobody" if found is None else describe(found)
-        raise StorageError(
-            f"{path} expected to be held by {lease.owner} (token {lease.token}), found {holder}: the lock was taken"
-            " over while this process did not answer; nothing more was changed, run the command again"
-        )
-    renewed = Lease(**{**asdict(found), "heartbeat": time.time()})
-    write_json_atomic(path, asdict(renewed))
-    return renewed
+def _newest(uri: str) -> Lease | None:
+    """Return what the newest epoch says; None when there is none."""
+    while True:
+        token = _newest_token(uri)
+        if token == 0:
+            return None
+        try:
+            return Lease(**json.loads(storage.read_bytes(_epoch(uri, token))))
+        except FileNotFoundError:
+            continue  # replaced since the look, and cleared away
+        except (ValueError, TypeError) as error:
+            raise StorageError(
+                f"{_epoch(uri, token)} expected to describe a lease's holder, found: {error}; another version"
+                " of Fresco wrote it: when nothing runs here, remove it"
+            ) from error
 
 
-def _release(path: Path, lease: Lease) -> None:
-    with _guard(path):
-        found = _parse(path)
-        if found is not None and found.nonce == lease.nonce:
-            path.unlink(missing_ok=True)
+def _newest_token(uri: str) -> int:
+    return max(_tokens(uri), default=0)
 
 
-def _parse(path: Path) -> Lease | None:
-    content = read_json(path)
-    return None if content is None else Lease(**content)
+def _tokens(uri: str) -> list[int]:
+    names = [posixpath.basename(entry.uri).removesuffix(".json") for entry in storage.iter_files(uri)]
+    return [int(name) for name in names if name.isdecimal()]
 
 
-def _counter(path: Path) -> Path:
-    return path.with_name(path.name + ".token")
+def _write(uri: str, lease: Lease) -> None:
+    storage.write_bytes_atomic(_epoch(uri, lease.token), _content(lease))
 
 
-def _last_token(path: Path) -> int:
-    return int(read_json(_counter(path)) or 0)
+def _epoch(uri: str, token: int) -> str:
+    return storage.join(uri, f"{token:0{TOKEN_DIGITS}}.json")
 
 
-@contextmanager
-def _guard(path: Path) -> Iterator[None]:
-    """Serialise the few file operations of one look or change; the system frees it when its holder dies."""
-    guard = path.with_name(path.name + ".guard")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(guard, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StorageError(disk_message(guard, error)) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _content(lease: Lease) -> bytes:
+    return json.dumps(asdict(lease), sort_keys=True).encode()

@@ -1,29 +1,31 @@
 """How do we list, read and write bytes in a folder and in an S3 bucket alike?
 
-A URI is a local path or `s3://bucket/key`. S3 listings and conditional writes go through boto3, bytes through pyarrow;
-AWS_ENDPOINT_URL points both at another S3 server. Retries are those of the two clients, bounded; every failure that is
-left is a StorageError, save a missing object, which is FileNotFoundError as for any file.
+A URI is a local path or `s3://bucket/key`; AWS_ENDPOINT_URL points at another S3 server. What faults of the network
+do is `s3`'s matter; every failure that is left is a StorageError without credentials in it, save a missing object,
+which is FileNotFoundError as for any file. A write is whole or not there, also when its writer is killed.
 Refused here: other schemes, following a link out of a listed folder, unpickling.
 """
 
+import fcntl
+import hashlib
 import os
 import posixpath
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from cluster import s3
 from cluster.errors import StorageError
+from cluster.redaction import redacted
+from cluster.s3 import aws_environment as aws_environment  # workers adopt it, see `adopt_environment`
 
 S3_SCHEME = "s3://"
-MAX_ATTEMPTS = 4
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
-NOT_THERE = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
-LOST_THE_RACE = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+GUARD_LIMIT_S = 30.0
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,15 @@ def list_files(uri: str, suffixes: Iterable[str] | None = None) -> list[FileEntr
     `suffixes` (lower case, with the dot) keeps files so named, in any case; links out of the folder are always listed.
     Hidden files and folders (leading dot) are left out. Nothing there is an empty list.
     """
-    entries = _list_s3(uri) if is_s3(uri) else _list_local(_local(uri))
     wanted = tuple(suffixes or ())
+    entries = iter_files(uri)
     kept = [entry for entry in entries if not wanted or entry.outside or entry.uri.lower().endswith(wanted)]
     return sorted(kept, key=lambda entry: entry.uri)
+
+
+def iter_files(uri: str) -> Iterator[FileEntry]:
+    """Yield what `list_files` returns, one by one in the order of their uris; of a folder at most one level is held."""
+    return _list_s3(uri) if is_s3(uri) else _list_local(_local(uri))
 
 
 def exists(uri: str) -> bool:
@@ -71,27 +78,28 @@ def open_input(uri: str) -> BinaryIO:
     with _as_storage_error("read", uri):
         if not is_s3(uri):
             return _local(uri).open("rb")
-        import pyarrow as pa
-
-        source: Any = pa.PythonFile(_arrow_s3().open_input_file(uri.removeprefix(S3_SCHEME)), mode="r")
-        return source
+        return s3.open_seekable(*_bucket_and_key(uri))
 
 
 def read_bytes(uri: str) -> bytes:
     """Return the whole content; FileNotFoundError when it is missing, StorageError on other failures."""
+    return read_tagged(uri)[0]
+
+
+def read_tagged(uri: str) -> tuple[bytes, str]:
+    """Return the whole content and the tag that `replace_if` compares; raises as `read_bytes` does."""
     with _as_storage_error("read", uri):
-        if not is_s3(uri):
-            return _local(uri).read_bytes()
-        with _arrow_s3().open_input_stream(uri.removeprefix(S3_SCHEME)) as stream:
-            return bytes(stream.read())
+        if is_s3(uri):
+            return s3.read(*_bucket_and_key(uri))
+        content = _local(uri).read_bytes()
+        return content, _tag(content)
 
 
 def write_bytes_atomic(uri: str, content: bytes) -> None:
     """Write a whole file or none, replacing what was there."""
     with _as_storage_error("write", uri):
         if is_s3(uri):
-            bucket, key = _bucket_and_key(uri)
-            _boto_s3().put_object(Bucket=bucket, Key=key, Body=content)
+            s3.write(*_bucket_and_key(uri), content)
             return
         with _temporary_beside(_local(uri), content) as temporary:
             os.replace(temporary, _local(uri))
@@ -100,28 +108,44 @@ def write_bytes_atomic(uri: str, content: bytes) -> None:
 def put_if_absent(uri: str, content: bytes) -> bool:
     """Create the file if nobody else has; False when it was already there. Of many writers exactly one gets True."""
     with _as_storage_error("write", uri):
-        if not is_s3(uri):
-            with _temporary_beside(_local(uri), content) as temporary:
-                try:
-                    os.link(temporary, _local(uri))
-                except FileExistsError:
-                    return False
-                return True
-        from botocore.exceptions import ClientError
+        if is_s3(uri):
+            return s3.write_if(*_bucket_and_key(uri), content, etag=None)
+        with _temporary_beside(_local(uri), content) as temporary:
+            try:
+                os.link(temporary, _local(uri))
+            except FileExistsError:
+                # A network file system may say so of the link that it made itself, when its answer was lost.
+                return temporary.stat().st_nlink > 1
+            return True
 
-        bucket, key = _bucket_and_key(uri)
+
+def replace_if(uri: str, content: bytes, tag: str | None) -> bool:
+    """Write the file if it still is what `read_tagged` returned `tag` for (None: not there); say whether it was.
+
+    On a disk writers wait for each other with flock, up to GUARD_LIMIT_S; then StorageError.
+    """
+    if tag is None:
+        return put_if_absent(uri, content)
+    if is_s3(uri):
+        with _as_storage_error("write", uri):
+            return s3.write_if(*_bucket_and_key(uri), content, tag)
+    with _guard(_local(uri)):
         try:
-            _boto_s3().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response["Error"]["Code"] in LOST_THE_RACE:
+            if read_tagged(uri)[1] != tag:
                 return False
-            raise
-        return True
+        except FileNotFoundError:
+            return False
+        write_bytes_atomic(uri, content)
+    return True
 
 
-def aws_environment() -> dict[str, str]:
-    """Return this process's AWS_* variables, so that a worker started earlier or elsewhere can adopt them."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+def delete(uri: str) -> None:
+    """Remove a file; nothing there is fine."""
+    with _as_storage_error("delete", uri):
+        if is_s3(uri):
+            s3.delete(*_bucket_and_key(uri))
+        else:
+            _local(uri).unlink(missing_ok=True)
 
 
 def adopt_environment(variables: dict[str, str]) -> None:
@@ -131,7 +155,10 @@ def adopt_environment(variables: dict[str, str]) -> None:
 
 def _local(uri: str) -> Path:
     if "://" in uri:
-        raise StorageError(f"expected a local path or s3://bucket/key, found {uri!r}; other schemes are not supported")
+        shown = redacted(uri)
+        raise StorageError(
+            f"expected a local path or s3://bucket/key, found {shown!r}; other schemes are not supported"
+        )
     return Path(uri).expanduser()
 
 
@@ -139,19 +166,28 @@ def _list_local(root: Path) -> Iterator[FileEntry]:
     if root.is_file():
         # Named outright, so wherever a link leads is meant.
         yield _file_entry(root)
-        return
-    inside = root.resolve()
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            linked = Path(folder, name)
-            if linked.is_symlink() and not linked.resolve().is_relative_to(inside):
-                yield FileEntry(str(linked), 0, "", outside=True)
-        for name in files:
-            if not name.startswith("."):
-                entry = _entry(Path(folder, name), inside)
-                if entry is not None:
-                    yield entry
+    elif root.is_dir():
+        with _as_storage_error("list", str(root)):
+            yield from _below(root, root.resolve())
+
+
+def _below(folder: Path, inside: Path) -> Iterator[FileEntry]:
+    """Yield the files below a folder in the order of their whole paths, so "a-b" comes before "a/b"."""
+    try:
+        with os.scandir(folder) as found:
+            shown = [one for one in found if not one.name.startswith(".")]
+    except FileNotFoundError:
+        return  # removed since its own folder was listed
+    for name in sorted(f"{one.name}/" if one.is_dir() else one.name for one in shown):
+        path = folder / name.removesuffix("/")
+        if not name.endswith("/"):
+            entry = _entry(path, inside)
+            if entry is not None:
+                yield entry
+        elif not path.is_symlink():
+            yield from _below(path, inside)
+        elif not path.resolve().is_relative_to(inside):
+            yield FileEntry(str(path), 0, "", outside=True)
 
 
 def _entry(path: Path, inside: Path) -> FileEntry | None:
@@ -175,57 +211,22 @@ def _list_s3(uri: str) -> Iterator[FileEntry]:
     bucket, key = _bucket_and_key(uri)
     folder = key.rstrip("/") + "/" if key else ""
     with _as_storage_error("list", uri):
-        pages = _boto_s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key.rstrip("/"))
         try:
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    name = item["Key"]
-                    hidden = any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
-                    if (name == key or name.startswith(folder)) and not name.endswith("/") and not hidden:
-                        yield FileEntry(f"{S3_SCHEME}{bucket}/{name}", item["Size"], item["ETag"].strip('"'))
+            for item in s3.pages(bucket, key.rstrip("/")):
+                name = item["Key"]
+                hidden = any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
+                if (name == key or name.startswith(folder)) and not name.endswith("/") and not hidden:
+                    yield FileEntry(f"{S3_SCHEME}{bucket}/{name}", item["Size"], item["ETag"].strip('"'))
         except ClientError as error:
-            if error.response["Error"]["Code"] not in NOT_THERE:
+            if error.response["Error"]["Code"] not in s3.NOT_THERE:
                 raise
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
     if not bucket:
-        raise StorageError(f"expected s3://bucket/key, found {uri!r}; name a bucket")
+        raise StorageError(f"expected s3://bucket/key, found {redacted(uri)!r}; name a bucket")
     return bucket, key
-
-
-def _boto_s3() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    return boto3.session.Session().client(
-        "s3",
-        config=Config(
-            retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-        ),
-    )
-
-
-def _arrow_s3() -> Any:
-    return _arrow_s3_with(tuple(sorted(aws_environment().items())))
-
-
-@lru_cache(maxsize=4)
-def _arrow_s3_with(environment: tuple[tuple[str, str], ...]) -> Any:
-    """Make the client once for each set of AWS_* variables (credentials are read from them when it is made)."""
-    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
-
-    setting = dict(environment)
-    return S3FileSystem(
-        endpoint_override=setting.get("AWS_ENDPOINT_URL_S3") or setting.get("AWS_ENDPOINT_URL") or None,
-        region=setting.get("AWS_REGION") or setting.get("AWS_DEFAULT_REGION") or None,
-        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
-        connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=READ_TIMEOUT_S,
-    )
 
 
 @contextmanager
@@ -245,16 +246,41 @@ def _temporary_beside(path: Path, content: bytes) -> Iterator[Path]:
 
 
 @contextmanager
-def _as_storage_error(verb: str, uri: str) -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError
+def _guard(path: Path) -> Iterator[None]:
+    """Serialise the few operations of one change; the system frees it when its holder dies."""
+    with _as_storage_error("write", str(path)):
+        descriptor = os.open(path.with_name(f".{path.name}.guard"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + GUARD_LIMIT_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StorageError(
+                        f"{path} expected to be free for a change within {GUARD_LIMIT_S:.0f} s, found another process"
+                        " in the middle of one (stopped?); let that process go on, or end it"
+                    ) from None
+                time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
 
+
+def _tag(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def _as_storage_error(verb: str, uri: str) -> Iterator[None]:
+    if is_s3(uri):
+        with s3.worded(verb, uri):
+            yield
+        return
     try:
         yield
     except FileNotFoundError:
         raise
-    except (OSError, BotoCoreError, ClientError) as error:
-        where = f" at {os.environ['AWS_ENDPOINT_URL']}" if is_s3(uri) and "AWS_ENDPOINT_URL" in os.environ else ""
-        raise StorageError(
-            f"could not {verb} {uri}{where}: {error}; check that it exists, that you may {verb} it,"
-            " and that there is room and network"
-        ) from error
+    except OSError as error:
+        raise StorageError(s3.message(verb, uri, error)) from error

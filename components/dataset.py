@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.errors import InputError
@@ -135,6 +136,20 @@ def make_manifest(
         for one in sorted(accepted, key=lambda one: one.sha256)
     ]
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def grow_manifest(parent: pa.Table, added: pa.Table) -> pa.Table:
+    """Return the parent's rows exactly as they are, and those of `added` whose pictures the parent does not have."""
+    new = added.filter(pc.invert(pc.is_in(added["sha256"], value_set=parent["sha256"].combine_chunks())))
+    return pa.concat_tables([parent, new]).sort_by("sha256")
+
+
+def grown_fingerprint(parent: str, manifest: pa.Table, resolution_px: int) -> str:
+    """12 hex digits over the parent's fingerprint and every picture with its caption and split."""
+    digest = hashlib.sha256(json.dumps([PREPROCESSING_VERSION, resolution_px, parent]).encode())
+    for row in manifest.select(["sha256", "caption", "split"]).to_pylist():
+        digest.update(json.dumps([row["sha256"], row["caption"], row["split"]]).encode())
+    return digest.hexdigest()[:12]
 
 
 def manifest_bytes(manifest: pa.Table) -> bytes:

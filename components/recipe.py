@@ -21,6 +21,8 @@ class Section(BaseModel):
 class DataSection(Section):
     source: str = "emblems://drifted?count=1200&seed=1"
     """Folder, s3:// prefix, or emblems://WORLD?count=N&seed=S (built in). A location: not part of the fingerprint."""
+    version: str = ""
+    """Dataset version (`name@fingerprint`) to use as it is; empty: what data.source holds now."""
     resolution_px: int = Field(64, ge=16, le=4096, multiple_of=8)
     """Side of the square every picture is cropped and scaled to."""
     validation_fraction: float = Field(0.1, gt=0, lt=0.5)

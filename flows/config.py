@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.placement import PlacementSection, ServeSection
+from cluster.redaction import redacted
 from components.errors import InputError
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection, Section, TrainSection
 from components.search_space import SearchSection
@@ -154,6 +155,6 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"config key {path!r} is unknown; nearest key: {near[0]!r}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            found = "" if isinstance(problem["input"], dict) else f" (found {redacted(repr(problem['input']))})"
             lines.append(f"config {path}: {message}{found}")
     return "\n".join(lines)

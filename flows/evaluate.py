@@ -20,7 +20,7 @@ from cluster.errors import RegistryError
 from cluster.registry import TAG_BASE, TAG_COMMIT
 from components.clip_encoder import ClipEncoder
 from components.compare import Paired
-from components.dataset import DatasetVersion, load_dataset
+from components.dataset import DatasetVersion
 from components.errors import InputError
 from components.evaluation import decided
 from components.evaluation_page import make_grid, make_page
@@ -31,6 +31,7 @@ from components.report import rounded
 from components.scorecard import ADHERENCE, CLIP, KID, LOSS, TITLES
 from flows.config import Config
 from flows.console import say, step
+from flows.dataset_versions import named_version
 from flows.drawing import fingerprint_of, to_png
 from flows.measure import VERSION, HeldOut, draw_seeds, held_out, measure
 from flows.models import ResolvedModel, resolve_model
@@ -106,16 +107,9 @@ def _dataset(config: Config, workspace: Workspace, wanted: str) -> tuple[Config,
     """Return the dataset version with the config at its resolution; InputError when a named one is not here."""
     if not wanted:
         return config, ensure_dataset(config)
-    directory = workspace.dataset_dir(wanted)
-    record = read_record(directory)
-    if record is None:
-        known = sorted(path.parent.name for path in workspace.data.glob("*/record.json"))
-        raise InputError(
-            f"expected dataset version {wanted!r} in {str(workspace.data)!r}, found {', '.join(known) or 'none'};"
-            " name one of those with --dataset"
-        )
+    dataset, record = named_version(workspace, wanted)
     section = config.data.model_copy(update={"resolution_px": record["config"]["resolution_px"]})
-    return config.model_copy(update={"data": section}), load_dataset(directory)
+    return config.model_copy(update={"data": section}), dataset
 
 
 def _base_of(config: Config, workspace: Workspace, found: ResolvedModel) -> ResolvedModel | None:

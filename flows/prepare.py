@@ -5,29 +5,29 @@ its pictures (and captions, where the freezing plan leaves the text encoder alon
 into memory. Each step finds what is already there: the same command after a kill goes on from the last whole shard.
 """
 
-import glob
 import hashlib
 import json
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster import artifacts, storage
 from cluster.artifacts import Workspace
+from cluster.redaction import redacted
 from cluster.session import local_session
 from cluster.shards import ActorPool, map_blocks
 from components import dataset as versions
-from components import encode, examine, sources
+from components import examine, sources
 from components.dataset import SPLITS, DatasetVersion, Found
 from components.errors import DataError, InputError
 from components.images import Limits
+from components.listings import LISTING, Seen, read_listing, union
 from components.recipe import trains_text
 from components.sources import Candidate, Listed
-from components.store import ShardStore
 from flows.config import Config
 from flows.console import say, step
+from flows.dataset_versions import complete_versions, named_version, now_text, pixel_store, store_listing, store_version
 from flows.encode import block_rows, ensure_encoded, progress_of
 
 
@@ -36,7 +36,8 @@ class SourceFiles:
     """Reads the source's files by relative path, also in a worker that was started with other AWS_* variables."""
 
     root: str
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
+    """Holds credentials, so it shows nowhere."""
 
     def uri(self, name: str) -> str:
         return name if name.startswith(sources.EMBLEMS_SCHEME) else storage.join(self.root, name)
@@ -56,6 +57,8 @@ class Source:
 
     files: SourceFiles
     listing: list[Listed]
+    seen: list[Seen]
+    """The same files as `Seen`, in the order of their uris; what the version was made of."""
     snapshot: str
     """Hash over names, sizes and times (or ETags), and over what decides acceptance; equal means nothing to do."""
 
@@ -90,7 +93,12 @@ def plan(config: Config) -> list[str]:
 
 
 def find_dataset(config: Config) -> DatasetVersion | None:
-    """Return the complete dataset version of what the source holds now; None when there is none, or pixels are gone."""
+    """Return the complete dataset version of what the source holds now; None when there is none, or pixels are gone.
+
+    With `data.version` it is that one, whatever the source holds; InputError when it is not there, or of another size.
+    """
+    if config.data.version:
+        return _named(config)
     return _find(config, _read_source(config))
 
 
@@ -99,6 +107,8 @@ def ensure_dataset(config: Config) -> DatasetVersion:
 
     InputError when the source cannot be used, DataError (and nothing written) when too much of it is rejected.
     """
+    if config.data.version:
+        return _named(config)
     source = _read_source(config)
     found = _find(config, source)
     if found is not None:
@@ -107,14 +117,15 @@ def ensure_dataset(config: Config) -> DatasetVersion:
     candidates = _candidates(config, source)
     workspace = artifacts.open_workspace(config.workspace)
     step(f"prepare: examining {len(candidates)} candidates of {config.data.source}")
-    found_rows, new_shards = _examine(config, workspace, source, candidates)
+    found_rows, new_shards = examine_all(config, workspace, source.files, candidates)
     accepted, rejected = versions.resolve_duplicates(found_rows)
     try:
-        _check_rejections(config, accepted, rejected)
+        check_rejections(config, accepted, rejected)
+        _check_splits(config, accepted, len(accepted) + len(rejected))
     except DataError:
-        _pixels(config, workspace).discard(new_shards)
+        pixel_store(config, workspace).discard(new_shards)
         raise
-    dataset = _write_version(config, workspace, source.snapshot, accepted, rejected)
+    dataset = _write_version(config, workspace, source, accepted, rejected)
     numbers = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLITS)
     say(f"dataset {dataset.id}: {len(accepted)} pictures ({numbers}), {len(rejected)} rejected")
     if rejected:
@@ -122,10 +133,21 @@ def ensure_dataset(config: Config) -> DatasetVersion:
     return dataset
 
 
+def _named(config: Config) -> DatasetVersion:
+    dataset, record = named_version(artifacts.open_workspace(config.workspace), config.data.version)
+    size = record["config"]["resolution_px"]
+    if size != config.data.resolution_px:
+        raise InputError(
+            f"data.resolution_px expected to be {size} as in data.version {dataset.id}, found"
+            f" {config.data.resolution_px}; set it to {size}"
+        )
+    return dataset
+
+
 def _read_source(config: Config) -> Source:
     """List the source; InputError when it is not there."""
     text = config.data.source
-    rules = config.data.model_dump(exclude={"source"})
+    rules = config.data.model_dump(exclude={"source", "version"})
     if text.startswith(sources.EMBLEMS_SCHEME):
         from components.emblems import example
         from components.images import to_png
@@ -133,19 +155,36 @@ def _read_source(config: Config) -> Source:
         emblems = sources.parse_emblems(text)
         first, caption = example(emblems.world, emblems.seed, 0)  # stands for the code that draws
         sample = hashlib.sha256(to_png(first) + caption.encode()).hexdigest()
-        return Source(SourceFiles(text, {}), [], _hash([rules, text, sample]))
-    if not storage.is_s3(text) and "://" in text:
-        raise InputError(f"data.source expected a folder, s3://bucket/prefix or emblems://WORLD, found {text!r}")
-    root = text.rstrip("/") if storage.is_s3(text) else str(Path(text).expanduser().absolute())
-    if not storage.exists(root):
-        raise InputError(f"data.source expected captioned pictures at {text!r}, found nothing there; check the path")
+        return Source(SourceFiles(text, {}), [], [], _hash([rules, text, sample]))
+    root = source_root(config)
     entries = storage.list_files(root)
     if [entry.uri for entry in entries] == [root]:
         root = root.rpartition("/")[0]
     listing = [Listed(entry.uri.removeprefix(root).lstrip("/"), entry.outside) for entry in entries]
     facts = [[file.path, entry.size_bytes, entry.etag] for file, entry in zip(listing, entries, strict=True)]
     environment = storage.aws_environment() if storage.is_s3(root) else {}
-    return Source(SourceFiles(root, environment), listing, _hash([rules, facts]))
+    seen = [Seen(entry.uri, entry.size_bytes, entry.etag) for entry in entries if _can_be_written(entry)]
+    return Source(SourceFiles(root, environment), listing, seen, _hash([rules, facts]))
+
+
+def source_root(config: Config) -> str:
+    """Return the folder or prefix where pictures arrive; InputError when it is none, or nothing is there."""
+    text = config.data.source
+    if not storage.is_s3(text) and "://" in text:
+        raise InputError(
+            f"data.source expected a folder, s3://bucket/prefix or emblems://WORLD, found {redacted(text)!r}"
+        )
+    root = text.rstrip("/") if storage.is_s3(text) else str(Path(text).expanduser().absolute())
+    if not storage.exists(root):
+        raise InputError(
+            f"data.source expected captioned pictures at {redacted(text)!r}, found nothing there; check the path"
+        )
+    return root
+
+
+def _can_be_written(entry: storage.FileEntry) -> bool:
+    """Say whether a listing can hold a file: in the source, with a name in Unicode (others are rejected anyway)."""
+    return not entry.outside and not any(0xD800 <= ord(letter) <= 0xDFFF for letter in entry.uri)
 
 
 def _candidates(config: Config, source: Source) -> list[Candidate]:
@@ -157,40 +196,29 @@ def _candidates(config: Config, source: Source) -> list[Candidate]:
 
 def _find(config: Config, source: Source) -> DatasetVersion | None:
     workspace = Workspace(Path(config.workspace).expanduser().resolve())
-    for directory in _complete_versions(config, workspace):
+    for directory in complete_versions(config, workspace):
         record = artifacts.read_record(directory) or {}
         if source.snapshot in record["snapshots"]:
             dataset = versions.load_dataset(directory)
-            stored = _pixels(config, workspace).keys()
+            stored = pixel_store(config, workspace).keys()
             if all(item.sha256 in stored for item in dataset.items):
                 return dataset
     return None
 
 
-def _complete_versions(config: Config, workspace: Workspace) -> list[Path]:
-    named = sorted(workspace.data.glob(f"{glob.escape(config.name)}@*"))
-    return [directory for directory in named if artifacts.read_record(directory) is not None]
-
-
-def _pixels(config: Config, workspace: Workspace) -> ShardStore:
-    return ShardStore(workspace.encoded / encode.pixels_name(config.data.resolution_px))
-
-
-def _examine(
-    config: Config, workspace: Workspace, source: Source, candidates: list[Candidate]
+def examine_all(
+    config: Config, workspace: Workspace, files: SourceFiles, candidates: list[Candidate]
 ) -> tuple[list[Found], set[str]]:
     """Return what every candidate turned out to be, and the pixel shards that were written on the way."""
     data = config.data
-    found = [
-        Found(source.files.uri(one.name), one.caption or "", reason=one.problem) for one in candidates if one.problem
-    ]
+    found = [Found(files.uri(one.name), one.caption or "", reason=one.problem) for one in candidates if one.problem]
     readable = [one for one in candidates if not one.problem]
     job = examine.ExamineJob(
         source=data.source,
-        files=source.files,
+        files=files,
         limits=Limits(data.min_side_px, data.max_pixels),
         resolution_px=data.resolution_px,
-        pixels=_pixels(config, workspace).directory,
+        pixels=pixel_store(config, workspace).directory,
     )
     blocks = examine.candidate_blocks(readable, block_rows(len(readable), config.placement))
     pool = ActorPool(config.placement.workers, cpus=1)
@@ -204,8 +232,8 @@ def _examine(
     return found, shards - {""}
 
 
-def _check_rejections(config: Config, accepted: list[Found], rejected: list[Found]) -> None:
-    """DataError, with the table, when too much was rejected or a split that training needs is empty."""
+def check_rejections(config: Config, accepted: list[Found], rejected: list[Found]) -> None:
+    """DataError, with the table, when too much was rejected."""
     total, limit = len(accepted) + len(rejected), config.data.max_rejected_fraction
     if not accepted or len(rejected) > limit * total:
         raise DataError(
@@ -213,6 +241,10 @@ def _check_rejections(config: Config, accepted: list[Found], rejected: list[Foun
             f" {len(rejected) / total:.1%} ({len(accepted)} usable):\n{versions.rejection_table(rejected, total)}\n"
             "repair the data, or raise data.max_rejected_fraction if the rest is enough"
         )
+
+
+def _check_splits(config: Config, accepted: list[Found], total: int) -> None:
+    """DataError when a split that training needs is empty."""
     fractions = (config.data.validation_fraction, config.data.test_fraction)
     splits = {versions.split_of(one.sha256, *fractions) for one in accepted}
     empty = [split for split in (versions.TRAIN, versions.VALIDATION) if split not in splits]
@@ -224,9 +256,9 @@ def _check_rejections(config: Config, accepted: list[Found], rejected: list[Foun
 
 
 def _write_version(
-    config: Config, workspace: Workspace, snapshot: str, accepted: list[Found], rejected: list[Found]
+    config: Config, workspace: Workspace, source: Source, accepted: list[Found], rejected: list[Found]
 ) -> DatasetVersion:
-    """Write manifest, card and, last, the record; a version that is complete only learns of one more snapshot."""
+    """Write the version; one that is complete only learns of one more snapshot and the files it can be made of."""
     data = config.data
     fractions = (data.validation_fraction, data.test_fraction)
     fingerprint = versions.dataset_fingerprint(accepted, data.resolution_px, *fractions)
@@ -235,22 +267,15 @@ def _write_version(
     record = artifacts.read_record(directory)
     if record is not None:
         say(f"dataset {dataset_id}: the same pictures and captions as before")
-        record["snapshots"] = sorted({*record["snapshots"], snapshot})
+        store_listing(directory, list(union(read_listing(directory / LISTING), source.seen)))
+        record["snapshots"] = sorted({*record["snapshots"], source.snapshot})
         artifacts.write_record(directory, record)
         return versions.load_dataset(directory)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    seen = versions.load_first_seen(path / versions.MANIFEST for path in _complete_versions(config, workspace))
+    now = now_text()
+    seen = versions.load_first_seen(path / versions.MANIFEST for path in complete_versions(config, workspace))
     manifest = versions.make_manifest(accepted, fractions, data.source, seen, now)
     card = versions.make_card(dataset_id, data.source, manifest, rejected, now)
-    artifacts.write_bytes_atomic(directory / versions.MANIFEST, versions.manifest_bytes(manifest))
-    artifacts.write_json_atomic(directory / versions.CARD, card)
-    summary = {key: card[key] for key in ("images", "splits", "rejected", "created")}
-    inputs = {"source": data.source, "snapshots": [snapshot]}
-    artifacts.write_record(
-        directory, {"fingerprint": fingerprint, "config": data.model_dump(), "results": summary, **inputs}
-    )
-    artifacts.append_journal(workspace, "dataset", dataset=dataset_id, images=card["images"], rejected=len(rejected))
-    return versions.load_dataset(directory)
+    return store_version(config, workspace, (manifest, card, source.seen), {"snapshots": [source.snapshot]})
 
 
 def _hash(facts: Any) -> str:

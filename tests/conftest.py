@@ -1,10 +1,15 @@
 """What the whole test session shares: one local Ray, and tiny models on disk."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.faults import Network
 
 # Two cores: one thread for each process, and no advice from libraries in the output.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,3 +44,27 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny-z-image"
     save_parts(make_tiny("z_image", seed=0), directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def s3_network() -> Iterator["Network"]:
+    """An S3 server behind a network that can be told to break; whole by itself."""
+    from tests.faults import s3_server
+
+    with s3_server() as network:
+        yield network
+
+
+@pytest.fixture
+def bucket(s3_network: "Network", monkeypatch: pytest.MonkeyPatch) -> str:
+    """The s3:// address of an empty bucket that the AWS_* variables of this test lead to."""
+    from cluster import s3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_network.url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    s3_network.plan()
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    s3.client().create_bucket(Bucket=name)
+    return f"s3://{name}"

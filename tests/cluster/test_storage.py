@@ -1,38 +1,19 @@
 """Folders and S3 buckets answer alike; the S3 side runs against a local server that speaks the protocol."""
 
 import threading
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from cluster import storage
 from cluster.errors import StorageError
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "source")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/some/source"
+    return f"{request.getfixturevalue('bucket')}/some/source"
 
 
 def test_bytes_written_are_read_back_and_listed_with_their_size(root: str) -> None:
@@ -101,10 +82,59 @@ def test_put_if_absent_lets_exactly_one_of_many_writers_win(root: str) -> None:
     assert len(storage.list_files(root)) == 1
 
 
-def test_a_missing_bucket_does_not_exist(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
+def test_of_many_replacers_of_one_content_exactly_one_wins(root: str) -> None:
+    uri = storage.join(root, "record.json")
+    storage.write_bytes_atomic(uri, b"first")
+    _, tag = storage.read_tagged(uri)
+    won: list[int] = []
+    writers = [
+        threading.Thread(target=lambda who=who: won.append(who) if storage.replace_if(uri, b"%d" % who, tag) else None)
+        for who in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(won) == 1
+    assert storage.read_bytes(uri) == b"%d" % won[0]
+    assert [entry.uri for entry in storage.list_files(root)] == [uri]
+
+
+def test_replacing_what_is_not_as_it_was_is_refused(root: str) -> None:
+    uri = storage.join(root, "record.json")
+    assert storage.replace_if(uri, b"one", None)
+    assert not storage.replace_if(uri, b"two", None)
+    _, tag = storage.read_tagged(uri)
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.replace_if(uri, b"two", tag)
+    assert not storage.exists(uri)
+
+
+def test_a_change_that_another_process_never_ends_is_waited_for_up_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "record.json")
+    storage.write_bytes_atomic(uri, b"one")
+    _, tag = storage.read_tagged(uri)
+    monkeypatch.setattr(storage, "GUARD_LIMIT_S", 0.2)
+    with (
+        storage._guard(Path(uri)),
+        pytest.raises(StorageError, match=r"record\.json expected to be free for a change within 0 s, found another"),
+    ):
+        storage.replace_if(uri, b"two", tag)
+    assert storage.replace_if(uri, b"two", tag)
+
+
+def test_files_are_listed_in_the_order_of_their_whole_names(root: str) -> None:
+    names = ["a.png", "a/b.png", "a/c/d.png", "a-b.png", "a0.png", "A.png", "é.png", "z/z.png"]
+    for name in names:
+        storage.write_bytes_atomic(storage.join(root, name), b"x")
+    listed = [entry.uri.removeprefix(f"{root}/") for entry in storage.iter_files(root)]
+    assert listed == sorted(names)
+
+
+def test_a_missing_bucket_does_not_exist(bucket: str) -> None:
     assert not storage.exists("s3://no-such-bucket/folder")
     with pytest.raises(StorageError, match="could not write s3://no-such-bucket/a"):
         storage.write_bytes_atomic("s3://no-such-bucket/a", b"x")

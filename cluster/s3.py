@@ -1,0 +1,286 @@
+"""How do single objects of a bucket get read and written so that no fault of the network passes for an answer?
+
+One boto3 client for everything. Requests are retried by it (throttling, 5xx, broken connections, timeouts); a body that
+arrives cut short or damaged is read again here, as often. Lengths are always checked, checksums where the object has
+one, and an ETag that is an MD5. Conditional writes are S3's own (If-None-Match, If-Match), and a lost answer to one is
+told from a lost race by a mark in the object's metadata. `worded` makes boto3's errors Fresco's.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any
+
+from cluster.errors import StorageError
+from cluster.redaction import redacted
+
+LOG = logging.getLogger(__name__)
+MAX_ATTEMPTS = 4
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+BACKOFF_S = 0.5
+MAX_CONNECTIONS = 32
+PART_BYTES = 16 * 2**20
+MULTIPART_BYTES = 64 * 2**20
+"""From this size an object is uploaded in parts, each retried by itself; it appears when all are there, or never."""
+READ_AHEAD_BYTES = 4 * 2**20
+WRITER = "fresco-writer"
+NOT_THERE = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
+CONDITION_FAILED = ("PreconditionFailed", "412")
+TRY_AGAIN = ("ConditionalRequestConflict", "409")
+WRONG_CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
+_MD5 = re.compile(r"[0-9a-f]{32}")
+EXPRESS_BUCKET = "--x-s3"
+"""How the names of S3 Express buckets end: their ETags look like an MD5 and are none. So do some of Google's."""
+
+
+def client() -> Any:
+    """Return the client for this process's AWS_* variables; made once, safe between threads."""
+    return _client_for(tuple(sorted(aws_environment().items())), os.getpid())
+
+
+def aws_environment() -> dict[str, str]:
+    """Return this process's AWS_* variables."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+def secrets() -> list[str]:
+    """Return the secrets that the client signs with, wherever in the AWS chain they came from."""
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        signer = getattr(client(), "_request_signer", None)
+    except (BotoCoreError, ValueError):
+        return []  # what cannot be made holds none
+    credentials = getattr(signer, "_credentials", None)
+    held = getattr(credentials, "_frozen_credentials", None) or credentials
+    return [str(secret) for secret in (getattr(held, "secret_key", ""), getattr(held, "token", "")) if secret]
+
+
+def read(bucket: str, key: str, **conditions: Any) -> tuple[bytes, str]:
+    """Return an object's bytes (or the Range asked for) and its ETag."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        answer = client().get_object(Bucket=bucket, Key=key, **conditions)
+        try:
+            with closing(answer["Body"]) as body:
+                content = bytes(body.read())
+            _check_whole(content, answer, bucket)
+            return content, _tag(answer)
+        except _damage() as error:
+            _pause(attempt, f"read s3://{bucket}/{key}", error)
+    raise AssertionError("the last pause raises")
+
+
+def open_seekable(bucket: str, key: str) -> io.BufferedReader:
+    """Open an object for reading with seek; all ranges are of one version of it, or reading fails."""
+    return io.BufferedReader(_Ranges(bucket, key), buffer_size=READ_AHEAD_BYTES)
+
+
+def write(bucket: str, key: str, content: bytes) -> None:
+    """Write a whole object or none, replacing what was there."""
+    if len(content) < MULTIPART_BYTES:
+        client().put_object(Bucket=bucket, Key=key, Body=content)
+        return
+    from boto3.s3.transfer import TransferConfig
+
+    parts = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=PART_BYTES)
+    client().upload_fileobj(io.BytesIO(content), bucket, key, Config=parts)
+
+
+def write_if(bucket: str, key: str, content: bytes, etag: str | None) -> bool:
+    """Write the object if its ETag still is `etag` (None: if there is no object); say whether that was so."""
+    condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": f'"{etag}"'}
+    mark = uuid.uuid4().hex
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=content, Metadata={WRITER: mark}, **condition)
+            return True
+        except client().exceptions.ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code in CONDITION_FAILED:
+                # Perhaps by our own write, whose answer was lost and which the client then sent again.
+                return _mark_of(bucket, key) == mark
+            if etag is not None and code in NOT_THERE and code != "NoSuchBucket":
+                return False
+            if code not in TRY_AGAIN:
+                raise
+            _pause(attempt, f"write s3://{bucket}/{key}", error)
+    raise AssertionError("the last pause raises")
+
+
+def delete(bucket: str, key: str) -> None:
+    """Remove an object; nothing there is fine."""
+    client().delete_object(Bucket=bucket, Key=key)
+
+
+def pages(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects below a prefix in the order of their keys, as boto3 describes them."""
+    for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        yield from page.get("Contents", ())
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file: every read is one request for a range of the version that was there at the start."""
+
+    def __init__(self, bucket: str, key: str) -> None:
+        self._bucket, self._key, self._at = bucket, key, 0
+        found = client().head_object(Bucket=bucket, Key=key)
+        self._size, self._etag = int(found["ContentLength"]), found["ETag"]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readall(self) -> bytes:
+        rest = bytearray(max(0, self._size - self._at))
+        self.readinto(rest)
+        return bytes(rest)
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        span = f"bytes={self._at}-{self._at + wanted - 1}"
+        uri = f"s3://{self._bucket}/{self._key}"
+        with worded("read", uri):
+            try:
+                content, _ = read(self._bucket, self._key, Range=span, IfMatch=self._etag)
+            except client().exceptions.ClientError as error:
+                if error.response["Error"]["Code"] not in CONDITION_FAILED:
+                    raise
+                raise OSError("it was replaced while it was read; read it again") from None
+            if len(content) != wanted:
+                raise OSError(f"{wanted} bytes were asked for, {len(content)} came")
+        buffer[:wanted] = content
+        self._at += wanted
+        return wanted
+
+
+@contextmanager
+def worded(verb: str, uri: str) -> Iterator[None]:
+    """Turn what boto3 raises into FileNotFoundError or StorageError; not chained, a cause's text may hold secrets."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except ClientError as error:
+        if verb == "read" and error.response["Error"]["Code"] in NOT_THERE:
+            raise FileNotFoundError(f"{redacted(uri)} expected to be there, found nothing") from None
+        raise StorageError(message(verb, uri, error, _clock_advice(error))) from None
+    except (OSError, BotoCoreError, ResponseParserError, ValueError) as error:
+        raise StorageError(message(verb, uri, error)) from None
+
+
+def message(verb: str, uri: str, error: Exception, advice: str = "") -> str:
+    """Word a failure: where, why, what to do; without credentials."""
+    remote = uri.startswith("s3://")
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    where = f" at {address}" if remote and address else ""
+    advice = advice or f"check that it exists, that you may {verb} it, and that there is room and network"
+    return redacted(f"could not {verb} {uri}{where}: {error}; {advice}", secrets() if remote else ())
+
+
+def _clock_advice(error: Any) -> str:
+    """What to do when an answer says that this machine's clock is wrong; empty for other errors."""
+    if error.response["Error"].get("Code") not in WRONG_CLOCK:
+        return ""
+    there = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("date", "")
+    try:
+        ahead_s = time.time() - parsedate_to_datetime(there).timestamp()
+    except ValueError:
+        return "set this machine's clock: requests are signed with the time"
+    way = "ahead of" if ahead_s > 0 else "behind"
+    return f"this machine's clock is {abs(ahead_s):.0f} s {way} the storage's; set it, requests are signed with it"
+
+
+@lru_cache(maxsize=4)
+def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    # Its debug lines hold request headers, and those the session token.
+    for noisy in ("botocore", "boto3", "s3transfer", "urllib3"):
+        if logging.getLogger(noisy).level == logging.NOTSET:
+            logging.getLogger(noisy).setLevel(logging.INFO)
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            max_pool_connections=MAX_CONNECTIONS,
+        ),
+    )
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What a body that does not arrive whole raises while it is read."""
+    from botocore import exceptions
+
+    return (
+        exceptions.IncompleteReadError,
+        exceptions.ResponseStreamingError,
+        exceptions.ReadTimeoutError,
+        exceptions.FlexibleChecksumError,
+        ConnectionError,
+        TimeoutError,
+    )
+
+
+def _check_whole(content: bytes, answer: dict[str, Any], bucket: str) -> None:
+    """Raise what `_damage` lists when the bytes are not those of the object (its checksum was checked by boto3)."""
+    from botocore.exceptions import FlexibleChecksumError, IncompleteReadError
+
+    if len(content) != int(answer["ContentLength"]):
+        raise IncompleteReadError(actual_bytes=len(content), expected_bytes=int(answer["ContentLength"]))
+    if _has_md5(answer, bucket) and hashlib.md5(content, usedforsecurity=False).hexdigest() != _tag(answer):
+        raise FlexibleChecksumError(error_msg=f"{len(content)} bytes came that do not match the ETag {_tag(answer)}")
+
+
+def _tag(answer: dict[str, Any]) -> str:
+    return str(answer["ETag"]).strip('"')
+
+
+def _has_md5(answer: dict[str, Any], bucket: str) -> bool:
+    """Say whether the answer is a whole object whose ETag is the MD5 of its bytes."""
+    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+    foreign = bucket.endswith(EXPRESS_BUCKET) or any(name.lower().startswith("x-goog-") for name in headers)
+    plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
+    return plain and not foreign and "ContentRange" not in answer and _MD5.fullmatch(_tag(answer)) is not None
+
+
+def _mark_of(bucket: str, key: str) -> str | None:
+    try:
+        found: str | None = client().head_object(Bucket=bucket, Key=key)["Metadata"].get(WRITER)
+    except client().exceptions.ClientError as error:
+        if error.response["Error"]["Code"] in NOT_THERE:
+            return None
+        raise
+    return found
+
+
+def _pause(attempt: int, what: str, error: Exception) -> None:
+    """Wait before the next attempt, longer each time; after the last one raise."""
+    if attempt == MAX_ATTEMPTS:
+        raise error
+    LOG.warning("could not %s (attempt %d of %d): %s", what, attempt, MAX_ATTEMPTS, redacted(str(error), secrets()))
+    time.sleep(random.uniform(0, BACKOFF_S * 2**attempt))

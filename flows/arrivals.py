@@ -1,0 +1,298 @@
+"""What has arrived at `data.source` since a dataset version was made? One look, and a cursor for the next.
+
+List the source as a stream, note what changed since the look before, set it against what the version was made of, pair
+pictures with captions, read what is new once to know its bytes. Nothing is added to a dataset here; `flows.grow` does.
+Looking needs two looks at least `settle_s` apart: a file that is still being written changes between them.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cluster import artifacts, storage
+from cluster.errors import StorageError
+from cluster.redaction import redacted
+from components import arrivals as rules
+from components.arrivals import Arrival, Arrivals, Pending, State, Whole
+from components.dataset import DatasetVersion
+from components.errors import DataError, InputError
+from components.images import TRUNCATED, ZERO_BYTES, PictureError, decode
+from components.listings import LISTING, Seen, read_listing, write_listing
+from components.sources import MISSING_FILE, NO_CAPTION, Candidate, Listed, find_candidates
+from flows.config import Config
+from flows.console import say
+from flows.prepare import SourceFiles, source_root
+
+SETTLE_S = 60.0
+LIMIT = 10_000
+READERS = 8
+
+
+@dataclass
+class Look:
+    """One look in the making."""
+
+    files: SourceFiles
+    known: set[str]
+    """Hashes of the pictures that the dataset version has."""
+    limit: int
+    new: list[Arrival] = field(default_factory=list)
+    unread: list[Arrival] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
+    repeated: list[Arrival] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    hashes: dict[str, str] = field(default_factory=dict)
+    """uri -> hash of what was read in this look."""
+
+    def note(self, kind: str, value: Any) -> None:
+        """Count a finding and keep it while there is room."""
+        kept: list[Any] = getattr(self, kind)
+        self.counts[kind] += 1
+        if len(kept) < self.limit:
+            kept.append(value)
+
+    def note_picture(self, arrival: Arrival) -> None:
+        """Take a picture whose bytes are known: the first with these bytes is new."""
+        self.note("repeated" if arrival.sha256 in self.known else "new", arrival)
+        self.known.add(arrival.sha256)
+
+    def path(self, uri: str) -> str:
+        return uri.removeprefix(self.files.root).lstrip("/")
+
+
+def look(
+    config: Config,
+    parent: DatasetVersion,
+    cursor: dict[str, Any] | None = None,
+    settle_s: float = SETTLE_S,
+    limit: int = LIMIT,
+    at: float | None = None,
+) -> Arrivals:
+    """Return what `data.source` holds that `parent` does not; `cursor` is that of the look before, from any machine.
+
+    At most `limit` new files are read in one look, `counts["later"]` are left for the next ones. `at` is the time of
+    the look (default: now; Unix seconds). InputError when there is no source, StorageError when it cannot be listed:
+    a source that does not answer is never taken for an empty one.
+    """
+    root = source_root(config)
+    at = time.time() if at is None else at
+    folder = (
+        artifacts.open_workspace(config.workspace).root / "arrivals" / hashlib.sha256(root.encode()).hexdigest()[:12]
+    )
+    previous = cursor["listing"] if cursor is not None and cursor.get("source") == root else ""
+    found = Look(SourceFiles(_base(root), _environment(root)), {item.sha256 for item in parent.items}, limit)
+    listed = rules.carried_over(_listed(root, found), read_listing(folder / f"{previous}.parquet"), at)
+    try:
+        with _draft(folder) as draft:
+            digest, number = write_listing(draft, listed)
+            held = (row for row in read_listing(parent.directory / LISTING) if _below(row.uri, root))
+            _sort(found, rules.states(read_listing(draft), held, at, settle_s), draft)
+            _read(found)
+            _keep(found, draft, folder / f"{digest}.parquet")
+        _clear(folder, {digest, previous})
+    except OSError as error:
+        raise StorageError(artifacts.disk_message(folder, error)) from error
+    looked_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    cursor = {"source": root, "parent": parent.id, "listing": digest, "files": number, "looked_at": looked_at}
+    lists = (tuple(found.new), tuple(found.pending), tuple(found.repeated), tuple(found.missing))
+    counts = {kind: found.counts[kind] for kind in ("new", "pending", "repeated", "missing", "later")}
+    return Arrivals(*lists, counts=counts, cursor=cursor)
+
+
+def _sort(found: Look, states: Iterator[State | str], draft: Path) -> None:
+    """Deal the files out to pending, missing, and arrivals whose bytes are known or still to be read."""
+
+    def present() -> Iterator[State]:
+        for state in states:
+            if isinstance(state, str):
+                found.note("missing", state)
+            else:
+                metadata.extend([state] if rules.is_metadata(state.seen.uri) else [])
+                yield state
+
+    metadata: list[State] = []
+    layout = rules.layout_of(row.uri for row in read_listing(draft))
+    if layout == rules.CAPTIONS:
+        judged = rules.pairs(present())
+    else:
+        judged = rules.singles(present(), rules.is_picture if layout == rules.METADATA else rules.is_table)
+    wholes = _whole(found, judged)
+    if layout == rules.METADATA:
+        _named(found, list(wholes), metadata, draft)
+        return
+    for whole in wholes:
+        if layout == rules.CAPTIONS:
+            picture, caption = (found.path(file.uri) for file in whole.files)
+            _take(found, Arrival(Candidate(picture, picture, caption_path=caption), whole.files))
+        else:
+            _take_table(found, whole.files[0])
+
+
+def _whole(found: Look, judged: Iterable[Whole | Pending]) -> Iterator[Whole]:
+    """Yield what is whole; a picture whose bytes are known to be in the dataset needs no place among `limit`."""
+    places = found.limit
+    for one in judged:
+        if isinstance(one, Pending):
+            found.note("pending", one)
+        elif one.files[0].sha256 in found.known:
+            name = found.path(one.files[0].uri)
+            found.note("repeated", Arrival(Candidate(name, name), one.files, one.files[0].sha256))
+        elif places > 0:
+            places -= 1
+            yield one
+        else:
+            found.counts["later"] += 1
+
+
+def _take(found: Look, arrival: Arrival) -> None:
+    picture = arrival.files[0]
+    if picture.sha256:
+        found.note_picture(replace(arrival, sha256=picture.sha256))
+    else:
+        found.unread.append(arrival)
+
+
+def _take_table(found: Look, table: Seen) -> None:
+    path = found.path(table.uri)
+    try:
+        groups = find_candidates(path, [Listed(path)], found.files.read, found.files.open_file)
+        with found.files.open_file(path) as file:
+            rows = pq.ParquetFile(file).metadata
+            sizes = [rows.row_group(group.row_group).num_rows for group in groups]
+    except FileNotFoundError:
+        return
+    except (InputError, DataError):
+        found.note("pending", Pending(table.uri, rules.DAMAGED))
+        return
+    for group, size in zip(groups, sizes, strict=True):
+        found.note("new", Arrival(group, (table,), pictures=size))
+
+
+def _named(found: Look, wholes: list[Whole], metadata: list[State], draft: Path) -> None:
+    """Join new pictures with the metadata files that may name them; those are read whole, as `prepare` does."""
+    changing = [state for state in metadata if state.problem]
+    for state in changing:
+        found.note("pending", Pending(state.seen.uri, state.problem))
+    folders = {str(parent) for whole in wholes for parent in Path(found.path(whole.files[0].uri)).parents}
+    at_rest = [state for state in metadata if not state.problem]
+    wanted = [
+        state.seen for state in at_rest if not state.held or str(Path(found.path(state.seen.uri)).parent) in folders
+    ]
+    pictures = {found.path(whole.files[0].uri): whole.files[0] for whole in wholes}
+    why = rules.CAPTIONS_CHANGING if changing else rules.NO_CAPTION_YET
+    candidates: list[Candidate] = []
+    if wanted:
+        listing = [Listed(found.path(file.uri)) for file in wanted] + [Listed(path) for path in pictures]
+        try:
+            candidates = find_candidates(found.files.root, listing, found.files.read, found.files.open_file)
+        except (InputError, FileNotFoundError) as error:
+            say(f"captions of {redacted(found.files.root)} cannot be read yet: {error}")
+            why = rules.DAMAGED
+    absent = {}
+    for candidate in candidates:
+        picture = pictures.pop(candidate.path, None)
+        if candidate.problem == MISSING_FILE:
+            absent[candidate.path] = candidate
+        elif picture is not None and not candidate.problem:
+            _take(found, Arrival(candidate, (picture, *wanted)))
+        elif picture is not None:
+            reason = why if candidate.problem == NO_CAPTION else candidate.problem
+            found.note("pending", Pending(picture.uri, reason))
+    for picture in pictures.values():
+        found.note("pending", Pending(picture.uri, why))
+    if absent and any(not state.held for state in at_rest):
+        for row in read_listing(draft):
+            absent.pop(found.path(row.uri), None)
+        for path in sorted(absent):
+            found.note("pending", Pending(found.files.uri(path), rules.NO_PICTURE_YET))
+
+
+def _read(found: Look) -> None:
+    """Read every new picture once: its hash, and whether it came whole."""
+
+    def read(arrival: Arrival) -> tuple[Arrival, str, str]:
+        try:
+            content = found.files.read(arrival.candidate.path)
+            decode(content)
+        except FileNotFoundError:
+            return arrival, "", MISSING_FILE
+        except PictureError as error:
+            if str(error) in (TRUNCATED, ZERO_BYTES):
+                return arrival, "", rules.DAMAGED
+            # Whatever else is wrong with it, waiting will not cure: `prepare` rejects and counts it.
+        return arrival, hashlib.sha256(content).hexdigest(), ""
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="arrivals") as pool:
+        for arrival, sha256, problem in pool.map(read, found.unread):
+            picture = arrival.files[0]
+            if problem == MISSING_FILE:
+                continue  # gone again before anybody had it
+            if problem:
+                found.note("pending", Pending(picture.uri, problem))
+                continue
+            found.hashes[picture.uri] = sha256
+            found.note_picture(replace(arrival, sha256=sha256))
+
+
+def _listed(root: str, found: Look) -> Iterator[Seen]:
+    for entry in storage.iter_files(root):
+        try:
+            entry.uri.encode()
+        except UnicodeEncodeError:
+            found.note("pending", Pending(entry.uri.encode("utf-8", "backslashreplace").decode(), rules.ODD_NAME))
+            continue
+        if not entry.outside:
+            yield Seen(entry.uri, entry.size_bytes, entry.etag)
+
+
+def _keep(found: Look, draft: Path, path: Path) -> None:
+    """Put the listing in its place, with the hashes that are known now."""
+    if found.hashes:
+        rows = (replace(row, sha256=found.hashes.get(row.uri, row.sha256)) for row in read_listing(draft))
+        with _draft(path.parent) as filled:
+            write_listing(filled, rows)
+            os.replace(filled, path)
+    else:
+        os.replace(draft, path)
+
+
+@contextmanager
+def _draft(folder: Path) -> Iterator[Path]:
+    """Hold the name of a file in `folder` that is gone after the block, unless it was moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".look-", suffix=".parquet")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    for path in folder.glob("[!.]*.parquet"):
+        if path.stem not in keep:
+            path.unlink(missing_ok=True)
+
+
+def _below(uri: str, root: str) -> bool:
+    return uri == root or uri.startswith(f"{root}/")
+
+
+def _base(root: str) -> str:
+    first = next(storage.iter_files(root), None)
+    return root.rpartition("/")[0] if first is not None and first.uri == root else root
+
+
+def _environment(root: str) -> dict[str, str]:
+    return storage.aws_environment() if storage.is_s3(root) else {}
