@@ -2,11 +2,13 @@
 #
 #   PYTHON      the interpreter the environment is made from (3.11)
 #   VENV        where the environment lives
+#   KEEP        with demo: leave the endpoint and its page running
 #   PIP_FLAGS   more options for pip, such as another package index
 
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 VENV      ?= .venv
 PIP_FLAGS ?=
+KEEP      ?=
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
@@ -47,8 +49,8 @@ test-slow: $(STAMP)  ## run the tests that take minutes: searches on real worker
 	@echo "test-slow: searches and runs that are killed and continued, tracking servers, rehearsals (about 10 minutes)"
 	@$(BIN)/pytest -m slow --durations=15 --durations-min=1
 
-demo: $(STAMP)  ## the whole story on the built-in data: search, measure, gate, serve, draw
-	@$(BIN)/fresco demo
+demo: $(STAMP)  ## the whole story on the built-in data: search, measure, gate, serve, draw; KEEP=1 keeps the endpoint
+	@$(BIN)/fresco demo $(if $(KEEP),,--stop)
 
 bench-train: $(STAMP)  ## training speed beside a plain loop, and ZeRO memory beside the formula
 	@$(BIN)/python -m benchmarks.train

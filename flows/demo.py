@@ -111,9 +111,10 @@ def _farewell(config: Config, found: dict[str, Any], scorecard: dict[str, Any], 
     say(f"the decision:     {found['decision_report']}")
     say(f"champion:         models:/{config.name}/{found['champion']} ({found['decision']})")
     if stopped:
-        say(f"the endpoint {url} was ended\nnext: {program()} serve{where}")
+        say(f"playground:       {url} (ended with the story)")
+        say(f"next, to open it: {program()} serve --detach{where}, or in the repository: make demo KEEP=1")
         return
-    say(f"endpoint:         {url}")
+    say(f"playground:       {url}")
     say(
         f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json'"
         f' -d \'{{"prompt": "{PROMPTS[0]}", "seed": {SEED}}}\''
