@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import linalg
+from scipy import linalg, sparse
 
 from components.drift_kernels import Matrix, agreement, gaussian_kernels, number_kernel, pair_kernel, word_kernel
 from components.errors import InputError
@@ -189,7 +189,11 @@ def kernel_features(kernel: Any, most: int = FEATURES) -> Array:
     means = matrix.mean(axis=0)
     matrix = matrix - means[:, None] - means[None] + means.mean()
     size = len(matrix)
-    values, vectors = linalg.eigh(matrix, subset_by_index=(max(0, size - most), size - 1))
+    if size > 4 * most:
+        start = np.random.default_rng(0).normal(size=size)
+        values, vectors = sparse.linalg.eigsh(matrix, most, v0=start)
+    else:
+        values, vectors = linalg.eigh(matrix, subset_by_index=(max(0, size - most), size - 1))
     kept = values > 1e-6 * max(float(values[-1]), 1e-12)
     return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
 

@@ -42,11 +42,11 @@ def concept_power(reference_kernel: Any, share: float, level: float) -> Power:
     """Power of the MMD test of this kernel (R, R) against a new concept in `share` of the arrivals."""
     kernel = np.asarray(reference_kernel, np.float64)
     distance = concept_distance(kernel)
-    inner = _off_diagonal(centred(kernel))
-    spread = math.sqrt(2 * float((inner**2).mean()))  # times 1/n + 1/m: two_sample._centred
+    around = centred(kernel)
+    spread = math.sqrt(2 * float((_off_diagonal(around) ** 2).mean()))  # times 1/n + 1/m: two_sample._centred
     if spread <= 0 or distance <= 0:
         return lambda n: 0.0
-    threshold = null_quantile(_skewness(centred(kernel)), level / BANK)
+    threshold = null_quantile(_skewness(around), level / BANK)
 
     def power_at(n: int) -> float:
         null = spread * 2 / n
@@ -62,13 +62,15 @@ def concept_distance(kernel: NDArray[np.float64]) -> float:
     size, near = len(kernel), CONCEPT_ITEMS
     if size < 2 * near:
         return 0.0
-    distances = np.diagonal(kernel)[:, None] + np.diagonal(kernel)[None] - 2 * kernel
-    found = []
+    own, sums = np.diagonal(kernel), kernel.sum(axis=1) - np.diagonal(kernel)
+    others, found = size - near, []
     for item in np.unique(np.linspace(0, size - 1, CONCEPTS).astype(int)):
-        order = np.argsort(distances[item], kind="stable")
-        concept, rest = order[:near], order[near:]
-        within = [_off_diagonal(kernel[np.ix_(rows, rows)]).mean() for rows in (concept, rest)]
-        found.append(within[0] + within[1] - 2 * kernel[np.ix_(concept, rest)].mean())
+        concept = np.argsort(own - 2 * kernel[item], kind="stable")[:near]
+        inner = float(kernel[np.ix_(concept, concept)].sum() - own[concept].sum())
+        across = float(sums[concept].sum()) - inner
+        rest = float(sums.sum()) - inner - 2 * across
+        within = inner / (near * (near - 1)) + rest / (others * (others - 1))
+        found.append(within - 2 * across / (near * others))
     return float(np.quantile(found, CONCEPT_QUANTILE))
 
 
