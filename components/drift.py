@@ -18,6 +18,7 @@ from components.domain_classifier import domain_auroc, score_auroc
 from components.drift_kernels import agreement
 from components.drift_streams import (
     ALIGNMENT,
+    COSINE,
     PROMPTS,
     STREAMS,
     Bank,
@@ -40,6 +41,7 @@ Outcome = Literal["drift", "no_drift", "not_enough_data"]
 STATISTICS = "statistics"
 SPLITS, SPLIT_QUANTILE = 499, 0.99
 SPLIT_STREAM = 41
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class DriftSettings:
     power: float = 0.8
     """With which it must be found."""
     smallest_effect: float = 0.05
-    """Distance of the two means in the kernel's feature space, in standard deviations of the reference."""
+    """Of `StreamFinding.effect`; smaller ones are not drift, however sure."""
     most_items: int = 1000
     """A side; of more, so many are drawn. More would find differences that matter to nobody, at quadratic cost."""
     streams: tuple[str, ...] = STREAMS
@@ -79,7 +81,8 @@ class StreamFinding:
     split_quantile: float | None = None
     """The 99 % quantile of the same statistic between random halves of the reference, brought to the same n."""
     effect: float | None = None
-    """sqrt(MMD^2 / variance of the reference in the feature space): a distance in standard deviations."""
+    """Pictures and texts: the distance of the means in standard deviations of the reference, sqrt(MMD^2 / variance).
+    Alignment: how much of the agreement has changed: 0 nothing, 1 all is lost, 1.4 it is turned into its opposite."""
     auroc: Estimate | None = None
     """How well a classifier tells arrivals from the reference; alignment: the chance that a pair of the reference
     agrees better with all other pairs than one of the arrivals."""
@@ -194,11 +197,25 @@ def _effect(bank: Bank, test: TwoSample, seed: int) -> dict[str, float]:
     labels = random_labels(np.random.default_rng((seed, SPLIT_STREAM)), SPLITS, n // 2, n)
     split = np.quantile(mmd2_of_labels(inner, labels), SPLIT_QUANTILE, method="higher")
     scale = (1 / n + 1 / m) / (1 / (n // 2) + 1 / (n - n // 2))
-    off = (inner.sum(dtype=np.float64) - np.trace(inner)) / (n * (n - 1))
-    variance = float(np.trace(inner) / n - off)
     mmd2 = test.mmd2[test.strongest]
-    effect = math.sqrt(max(0.0, mmd2) / variance) if variance > 0 else math.inf if mmd2 > 0 else 0.0
+    if bank.pairs and test.strongest != COSINE:
+        effect = _changed_agreement(bank, test.strongest, mmd2)
+    else:
+        off = (inner.sum(dtype=np.float64) - np.trace(inner)) / (n * (n - 1))
+        effect = math.sqrt(max(0.0, mmd2) / max(TINY, float(np.trace(inner) / n - off)))
     return {"mmd2": mmd2, "split_quantile": float(split) * scale, "effect": effect}
+
+
+def _changed_agreement(bank: Bank, strongest: str, mmd2: float) -> float:
+    """By how much the arrivals' cross-covariance C' differs from the reference's C, whatever noise is around both.
+
+    The mean agreement within a side estimates |C|^2 without bias. Of the agreement it is the difference over the larger
+    one; of cross-covariances |C - C'| / sqrt(|C|^2 + |C'|^2).
+    """
+    ours, theirs = _agreements(bank, strongest).values()
+    if strongest in bank.pairs:
+        return abs(ours - theirs) / max(TINY, abs(ours), abs(theirs))
+    return math.sqrt(max(0.0, mmd2) / max(TINY, abs(ours) + abs(theirs)))
 
 
 def _auroc(stream: str, bank: Bank, strongest: str, seed: int) -> Estimate | None:
@@ -248,7 +265,8 @@ def _sentence(
     needed: int | None,
     sizes: tuple[int, int],
 ) -> str:
-    told = f"p = {p_value:.2g} at level {level:.2g}, {effect:.2f} standard deviations apart"
+    unit = "of the agreement changed" if stream == ALIGNMENT else "standard deviations apart"
+    told = f"p = {p_value:.2g} at level {level:.2g}, {effect:.2f} {unit}"
     if auroc is not None:
         told += f", AUROC {auroc.value:.2f} ({auroc.low:.2f} to {auroc.high:.2f})"
     told += f", {sizes[0]} items of the reference and {sizes[1]} arrivals"
