@@ -140,7 +140,7 @@ def explain(reference: Items, arrivals: Items, finding: StreamFinding) -> Explan
     """The arrivals that drifted most, clustered, and the words; both sides as `compared` gave them."""
     bank = make_bank(finding.stream, reference, arrivals)
     texts = arrivals.prompts if finding.stream == PROMPTS and arrivals.prompts else arrivals.captions
-    words = drifted_words(reference.captions.texts, texts.texts)
+    words = drifted_words(reference.captions.texts, texts.texts) if any(texts.texts) else ()
     if finding.stream == ALIGNMENT:
         pair = _pair(bank, finding.kernel)
         return Explanation(clusters(pair, disagreement(pair, bank.num_reference), bank.num_reference), words)

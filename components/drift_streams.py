@@ -37,6 +37,7 @@ class Texts:
     """Captions or prompts with the encoder's rows."""
 
     texts: tuple[str, ...]
+    """Empty strings where only features were kept, as of served prompts: words are then not compared."""
     rows_ND: NDArray[np.float32]
 
     def __post_init__(self) -> None:
@@ -147,7 +148,9 @@ def _picture_bank(reference: Items, arrivals: Items) -> Bank:
 
 def _text_bank(reference: Texts, arrivals: Texts) -> Bank:
     rows = _pooled(reference.rows_ND, arrivals.rows_ND)
-    kernels = _named(ENCODER, gaussian_kernels(rows)) | {WORDS: word_kernel([*reference.texts, *arrivals.texts])}
+    kernels = _named(ENCODER, gaussian_kernels(rows))
+    if any(reference.texts) and any(arrivals.texts):
+        kernels[WORDS] = word_kernel([*reference.texts, *arrivals.texts])
     return Bank(kernels, len(reference.texts), len(arrivals.texts), rows)
 
 

@@ -1,9 +1,12 @@
 """What is compared: features of both sides, pooled in order, and refused where they do not belong together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from components.drift_kernels import WIDTHS
 from components.drift_streams import (
     ALIGNMENT,
     CAPTIONS,
@@ -11,6 +14,7 @@ from components.drift_streams import (
     IMAGES,
     PROMPTS,
     STREAMS,
+    WORDS,
     Items,
     Texts,
     check_encoders,
@@ -80,6 +84,14 @@ def test_marginals_do_not_enter_the_pairs():
     plain, moved = make_bank(ALIGNMENT, reference, arrivals), make_bank(ALIGNMENT, *shifted)
     for name, pair in plain.pairs.items():
         np.testing.assert_allclose(moved.pairs[name], pair, atol=1e-5)
+
+
+def test_prompts_of_which_only_features_were_kept_are_compared_without_words():
+    reference, arrivals = items(0, 8), items(1, 8, prompts=6)
+    assert arrivals.prompts is not None
+    without = replace(arrivals, prompts=Texts(("",) * 6, arrivals.prompts.rows_ND))
+    assert WORDS in make_bank(PROMPTS, reference, arrivals).kernels
+    assert set(make_bank(PROMPTS, reference, without).kernels) == {f"encoder, width {width:g}" for width in WIDTHS}
 
 
 def test_kernel_features_give_the_kernel_back():
