@@ -25,14 +25,14 @@ from components.drift_streams import (
 )
 from components.errors import InputError
 
-WORDS = ("red", "blue", "star", "ring")
+NOUNS = ("red", "blue", "star", "ring")
 
 
 def items(seed: int, n: int, encoder: str = "abc", prompts: int = 0, width: int = 6) -> Items:
     generator = np.random.default_rng(seed)
 
     def texts(count: int) -> Texts:
-        captions = tuple(" ".join(generator.choice(WORDS, 2)) for _ in range(count))
+        captions = tuple(" ".join(generator.choice(NOUNS, 2)) for _ in range(count))
         return Texts(captions, generator.normal(size=(count, width)).astype(np.float32))
 
     pictures = generator.normal(size=(n, 6)).astype(np.float32)
