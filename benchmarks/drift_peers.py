@@ -1,4 +1,6 @@
-"""Evidently's embedding-drift detectors, called on the same arrays as ours; optional (`pip install .[bench]`).
+"""Evidently's embedding-drift detectors, called on the same arrays as ours.
+
+Optional, in an environment of its own (`pip install .[bench]`): it needs pandas below 3, which Fresco's pins are above.
 
 "default" is what its EmbeddingsDrift metric does when nothing is chosen: a classifier whose AUROC is compared with
 0.55 or, below 1,000 rows of reference, with that of random scores.
@@ -13,10 +15,11 @@ Detector = Callable[[np.ndarray, np.ndarray], bool]
 
 
 def evidently_detectors() -> dict[str, Detector]:
-    """Detectors by name, each (reference (N, D), arrivals (M, D)) -> drift; empty where the package is missing."""
+    """Detectors by name, each (reference (N, D), arrivals (M, D)) -> drift; empty where it cannot be imported."""
     try:
         from evidently.legacy.metrics.data_drift import embedding_drift_methods as methods
-    except ImportError:
+    except ImportError as error:
+        print(f"\nEvidently is left out: {error}; `pip install .[bench]` into an environment of its own adds it")
         return {}
     return {
         "Evidently, default": lambda one, other: _asked(methods.model(bootstrap=len(one) < 1000), one, other),

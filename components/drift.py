@@ -7,41 +7,31 @@ verdict is `not_enough_data`, with the number of items that would do. Pure: no c
 Shape letters: N pooled items (reference first).
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from components.attribution import Cluster, Word, clusters, disagreement, drifted_words, witness
-from components.domain_classifier import domain_auroc, score_auroc
-from components.drift_kernels import agreement
+from components.drift_effects import agreements, measured_effect, pair_behind, stream_auroc
 from components.drift_streams import (
     ALIGNMENT,
-    COSINE,
     PROMPTS,
     STREAMS,
     Bank,
     Items,
     check_encoders,
     compared,
-    kernel_features,
     make_bank,
 )
 from components.errors import InputError
 from components.false_alarms import shares
 from components.metrics import Estimate
-from components.near_duplicates import duplicate_groups
 from components.sample_sizes import concept_power, mismatch_power, shift_power, smallest_size
 from components.simple_statistics import Change, compare_statistics
-from components.two_sample import TwoSample, items_for_level, mmd2_of_labels, permutation_test, random_labels
+from components.two_sample import items_for_level, permutation_test
 
 Outcome = Literal["drift", "no_drift", "not_enough_data"]
 
 STATISTICS = "statistics"
-SPLITS, SPLIT_QUANTILE = 499, 0.99
-SPLIT_STREAM = 41
-TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class DriftSettings:
     """Share of the arrivals; so many captions of other pictures must be found for `no_drift` of the alignment."""
     power: float = 0.8
     """With which it must be found."""
-    smallest_effect: float = 0.05
+    smallest_effect: float = 0.02
     """Of `StreamFinding.effect`; smaller ones are not drift, however sure."""
     most_items: int = 1000
     """A side; of more, so many are drawn. More would find differences that matter to nobody, at quadratic cost."""
@@ -81,8 +71,9 @@ class StreamFinding:
     split_quantile: float | None = None
     """The 99 % quantile of the same statistic between random halves of the reference, brought to the same n."""
     effect: float | None = None
-    """Pictures and texts: the distance of the means in standard deviations of the reference, sqrt(MMD^2 / variance).
-    Alignment: how much of the agreement has changed: 0 nothing, 1 all is lost, 1.4 it is turned into its opposite."""
+    """Pictures and texts: the share of the arrivals that differ at least; the truth may be twice as much and more.
+    Alignment: how much of the agreement has changed: 0 nothing, 1 all is lost, 1.4 it is turned into its opposite.
+    Where the cosine is the strongest: the difference of the mean cosines in standard deviations."""
     auroc: Estimate | None = None
     """How well a classifier tells arrivals from the reference; alignment: the chance that a pair of the reference
     agrees better with all other pairs than one of the arrivals."""
@@ -142,7 +133,7 @@ def explain(reference: Items, arrivals: Items, finding: StreamFinding) -> Explan
     texts = arrivals.prompts if finding.stream == PROMPTS and arrivals.prompts else arrivals.captions
     words = drifted_words(reference.captions.texts, texts.texts) if any(texts.texts) else ()
     if finding.stream == ALIGNMENT:
-        pair = _pair(bank, finding.kernel)
+        pair = pair_behind(bank, finding.kernel)
         return Explanation(clusters(pair, disagreement(pair, bank.num_reference), bank.num_reference), words)
     kernel = bank.kernels[finding.kernel]
     return Explanation(clusters(kernel, witness(kernel, bank.num_reference), bank.num_reference), words)
@@ -159,13 +150,13 @@ def _finding(
         return StreamFinding(stream, "not_enough_data", sentence, *sizes, level, needed=fewest)
     bank = make_bank(stream, reference, arrivals)
     test = permutation_test(bank.kernels, bank.num_reference, seed, level)
-    numbers = _effect(bank, test, seed)
+    numbers = measured_effect(bank, test, seed)
     significant = test.p_value <= level
     large = numbers["mmd2"] > numbers["split_quantile"] and numbers["effect"] >= settings.smallest_effect
     needed = needed_items(stream, bank, level, settings)
     enough = needed is not None and 2 / (1 / sizes[0] + 1 / sizes[1]) >= needed
     verdict: Outcome = "drift" if significant and large else "no_drift" if enough else "not_enough_data"
-    auroc = _auroc(stream, bank, test.strongest, seed)
+    auroc = stream_auroc(stream, bank, test.strongest, seed)
     sentence = _sentence(stream, verdict, test.p_value, level, significant, numbers["effect"], auroc, needed, sizes)
     return StreamFinding(
         stream,
@@ -181,63 +172,8 @@ def _finding(
         numbers["effect"],
         auroc,
         needed,
-        _agreements(bank, test.strongest) if stream == ALIGNMENT else {},
+        agreements(bank, test.strongest) if stream == ALIGNMENT else {},
     )
-
-
-def _effect(bank: Bank, test: TwoSample, seed: int) -> dict[str, float]:
-    """MMD^2 of the strongest kernel, the reference's own when split in halves, and the distance in deviations.
-
-    Between halves of h items the null is wider than between n and m: it is scaled by (1/n + 1/m) / (2 / h), to which
-    the null's deviation is proportional (Gretton et al. 2012, theorem 12).
-    """
-    kernel = bank.kernels[test.strongest]
-    n, m = bank.num_reference, bank.num_arrivals
-    inner = kernel[:n, :n]
-    labels = random_labels(np.random.default_rng((seed, SPLIT_STREAM)), SPLITS, n // 2, n)
-    split = np.quantile(mmd2_of_labels(inner, labels), SPLIT_QUANTILE, method="higher")
-    scale = (1 / n + 1 / m) / (1 / (n // 2) + 1 / (n - n // 2))
-    mmd2 = test.mmd2[test.strongest]
-    if bank.pairs and test.strongest != COSINE:
-        effect = _changed_agreement(bank, test.strongest, mmd2)
-    else:
-        off = (inner.sum(dtype=np.float64) - np.trace(inner)) / (n * (n - 1))
-        effect = math.sqrt(max(0.0, mmd2) / max(TINY, float(np.trace(inner) / n - off)))
-    return {"mmd2": mmd2, "split_quantile": float(split) * scale, "effect": effect}
-
-
-def _changed_agreement(bank: Bank, strongest: str, mmd2: float) -> float:
-    """By how much the arrivals' cross-covariance C' differs from the reference's C, whatever noise is around both.
-
-    The mean agreement within a side estimates |C|^2 without bias. Of the agreement it is the difference over the larger
-    one; of cross-covariances |C - C'| / sqrt(|C|^2 + |C'|^2).
-    """
-    ours, theirs = _agreements(bank, strongest).values()
-    if strongest in bank.pairs:
-        return abs(ours - theirs) / max(TINY, abs(ours), abs(theirs))
-    return math.sqrt(max(0.0, mmd2) / max(TINY, abs(ours) + abs(theirs)))
-
-
-def _auroc(stream: str, bank: Bank, strongest: str, seed: int) -> Estimate | None:
-    n = bank.num_reference
-    if stream == ALIGNMENT:
-        values = agreement(_pair(bank, strongest))
-        return score_auroc(values[n:], values[:n])
-    features = kernel_features(bank.kernels[strongest])
-    return domain_auroc(features[:n], features[n:], duplicate_groups(bank.rows_ND), seed)
-
-
-def _agreements(bank: Bank, strongest: str) -> dict[str, float]:
-    """How well pictures go with captions on each side: the mean pair kernel off the diagonal, 0 where at random."""
-    pair = _pair(bank, strongest)
-    sides = {"reference": pair[: bank.num_reference, : bank.num_reference]}
-    sides["arrivals"] = pair[bank.num_reference :, bank.num_reference :]
-    return {f"agreement_{name}": float(agreement(block).mean()) for name, block in sides.items()}
-
-
-def _pair(bank: Bank, kernel: str) -> Any:
-    """The pair kernel that a kernel of the alignment is made of; for the cosine the first one."""
-    return next((pair for name, pair in bank.pairs.items() if name.startswith(kernel)), next(iter(bank.pairs.values())))
 
 
 def needed_items(stream: str, bank: Bank, level: float, settings: DriftSettings) -> int | None:
@@ -265,8 +201,8 @@ def _sentence(
     needed: int | None,
     sizes: tuple[int, int],
 ) -> str:
-    unit = "of the agreement changed" if stream == ALIGNMENT else "standard deviations apart"
-    told = f"p = {p_value:.2g} at level {level:.2g}, {effect:.2f} {unit}"
+    kind = "the agreement changed by" if stream == ALIGNMENT else "share of arrivals that differ at least"
+    told = f"p = {p_value:.2g} at level {level:.2g}, {kind} {effect:.2f}"
     if auroc is not None:
         told += f", AUROC {auroc.value:.2f} ({auroc.low:.2f} to {auroc.high:.2f})"
     told += f", {sizes[0]} items of the reference and {sizes[1]} arrivals"
