@@ -63,6 +63,8 @@ def stream_auroc(stream: str, bank: Bank, strongest: str, seed: int) -> Estimate
         values = agreement(pair_behind(bank, strongest))
         return score_auroc(values[n:], values[:n])
     features = kernel_features(bank.kernels[strongest])
+    if not features.shape[1]:  # all items are equal
+        return None
     return domain_auroc(features[:n], features[n:], duplicate_groups(bank.rows_ND), seed)
 
 

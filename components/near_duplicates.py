@@ -32,8 +32,8 @@ def duplicate_groups(rows_ND: Any, near: float = NEAR) -> NDArray[np.int64]:
 def duplicate_flags(rows_ND: Any, near: float = NEAR) -> NDArray[np.float64]:
     """1 for every row that has a near duplicate among the others, (N,).
 
-    For the statistic `near_duplicate` pass reference and arrivals together and split the flags: flags of each side alone
-    would depend on its size, and on labels, which a permutation test may not see.
+    For the statistic `near_duplicate` pass reference and arrivals together and split the flags: flags of each side
+    alone would depend on its size, and on labels, which a permutation test may not see.
     """
     groups = duplicate_groups(rows_ND, near)
     return np.asarray(np.bincount(groups)[groups] > 1, np.float64)

@@ -143,6 +143,15 @@ def test_verdict_is_a_function_of_items_level_and_seed():
     assert look(REFERENCE, arrivals, LEVEL, 3) != look(REFERENCE, arrivals, LEVEL, 4)
 
 
+def test_items_that_are_all_equal_are_compared_without_trouble_and_show_nothing():
+    rows, pixels = np.ones((40, 12), np.float32), np.zeros((40, 192), np.float32)
+    equal = Items("abc", rows, pixels, Texts(("a cat",) * 40, rows))
+    found = look(equal, equal, LEVEL, 0, SETTINGS)
+    assert found.verdict == "not_enough_data" and {finding.needed for finding in found.streams} == {None}
+    assert {finding.p_value for finding in found.streams} == {1.0}
+    assert all("no number of items would find" in finding.sentence for finding in found.streams)
+
+
 def test_of_many_arrivals_a_sample_is_compared():
     finding = look(REFERENCE, items(1, 400), LEVEL, 0, DriftSettings(most_items=120, streams=(IMAGES,))).streams[0]
     assert (finding.num_reference, finding.num_arrivals) == (120, 120)

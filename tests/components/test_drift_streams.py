@@ -102,6 +102,14 @@ def test_kernel_features_give_the_kernel_back():
     np.testing.assert_allclose(features @ features.T, centred @ centred.T, atol=1e-8)
 
 
+def test_kernel_features_of_equal_items_are_none_and_of_many_items_are_the_leading_ones():
+    assert kernel_features(np.ones((30, 30))).shape == (30, 0)
+    rows = np.random.default_rng(0).normal(size=(300, 80)) * np.arange(1, 81) ** -1.0
+    features = kernel_features(rows @ rows.T, most=5)
+    leading = np.linalg.eigvalsh(np.cov(rows.T) * 299)[-5:]
+    assert np.sort((features**2).sum(axis=0)) == pytest.approx(leading, rel=1e-2)
+
+
 def test_rows_of_two_encoders_are_not_compared():
     with pytest.raises(InputError, match=r"reference's encoder abc, found\s+xyz.*pin the reference again"):
         check_encoders(items(0, 5), items(1, 5, encoder="xyz"))
