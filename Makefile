@@ -13,7 +13,7 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-serve soak clean
+.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-drift bench-serve soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ bench-tune: $(STAMP)  ## steps that the search saves beside random search, and t
 
 bench-gate: $(STAMP)  ## how often the gate promotes equal recipes, and finds better ones, on real runs
 	@$(BIN)/python -m benchmarks.gate
+
+bench-drift: $(STAMP)  ## false alarms of years of daily looks, and power, of the drift monitor; PICTURES=folder for real ones
+	@$(BIN)/python -m benchmarks.drift $(if $(PICTURES),--pictures $(PICTURES))
 
 bench-serve: $(STAMP)  ## images/s, latency and memory of the endpoint beside diffusers' pipeline behind Ray Serve
 	@$(BIN)/python -m benchmarks.serve
