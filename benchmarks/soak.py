@@ -180,9 +180,9 @@ async def watch_memory(running: Running, log: Log) -> None:
         with suppress(psutil.NoSuchProcess):
             serving = psutil.Process(running.pid)
             drawing = replicas(running.pid, APPLICATION)
-            others = [process for process in (serving, *serving.children(recursive=True)) if process not in drawing]
-            sizes = (resident_bytes(drawing) / 2**20, resident_bytes(others) / 2**20)
-            log.samples.append(Sample(time.monotonic(), *sizes))
+            ray = [process for process in serving.children(recursive=True) if process not in drawing]
+            others = {"fresco serve": resident_bytes([serving]) / 2**20, "Ray": resident_bytes(ray) / 2**20}
+            log.samples.append(Sample(time.monotonic(), resident_bytes(drawing) / 2**20, others))
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 

@@ -21,6 +21,8 @@ from flows.paint import painter_arguments
 
 RESOLVER = "flows.follow:read_wanted"
 ENDPOINT = "endpoint.json"
+LOOK_EVERY_S = 1.0
+"""Between two looks of a replica at what is written."""
 
 
 def read_wanted(path: str) -> dict[str, Any] | None:
@@ -43,7 +45,9 @@ class Follower:
     def follow(self) -> Follow:
         """What a replica is told."""
         serve = self._config.serve
-        return Follow(RESOLVER, {"path": str(self._path)}, serve.follow_s, serve.swap_wait_s, serve.max_queue)
+        # A small file, where the registry may be a server: replicas need not add their own wait to the one before it.
+        every_s = min(LOOK_EVERY_S, serve.follow_s)
+        return Follow(RESOLVER, {"path": str(self._path)}, every_s, serve.swap_wait_s, serve.max_queue)
 
     def write_record(self, url: str, pid: int, version: int | None) -> dict[str, Any]:
         """Write down who serves what, and since when."""

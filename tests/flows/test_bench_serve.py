@@ -241,7 +241,7 @@ def broken(log: Log, redrawn: Sequence[int] = (0, 1), left_behind: int = 0) -> l
 def quiet_log() -> Log:
     stories = [story(0.0, "drawn"), story(9.5, "clear", "drawn"), story(12.0, "clear", "drawn"), story(30.0, "left")]
     stories += [story(41.0, "drawn", version=2), story(70.0, "drawn", version=2)]
-    samples = [Sample(float(at), 500.0, 900.0) for at in range(0, 80, 5)]
+    samples = [Sample(float(at), 500.0, {"fresco serve": 400.0, "Ray": 500.0}) for at in range(0, 80, 5)]
     return Log(stories, [Kill(10.0, 20.0)], [Swap(40.0, 2)], samples)
 
 
@@ -288,9 +288,11 @@ def test_wrong_pictures_other_seeds_leaks_and_leftovers_are_told() -> None:
     log.replicas = 2
     assert broken(log) == ["no request but those on a killed replica sees an error"], "another one was ready"
     log = quiet_log()
-    log.samples = [Sample(float(at), 500.0, 900.0 + at / 10) for at in range(0, 80, 5)]
-    assert growth_mib(log.samples) == pytest.approx(60.0)
-    assert [claim for claim in broken(log) if "grow" in claim]
+    log.samples = [Sample(float(at), 500.0, {"fresco serve": 400.0, "Ray": 500.0 + at / 10}) for at in range(0, 80, 5)]
+    assert growth_mib(log.samples, "Ray") == pytest.approx(60.0)
+    assert broken(log) == ["Ray grows at most 40 MiB in ten minutes"]
+    log.samples = []
+    assert held(log)["Ray grows at most 40 MiB in ten minutes"] is None
 
 
 def test_swaps_that_nobody_follows_are_not_shown_rather_than_held() -> None:
