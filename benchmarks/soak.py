@@ -159,10 +159,11 @@ def ready_replicas(url: str) -> set[str]:
     return {sample.labels["replica"] for sample in scrape(url, "fresco_ready") if sample.value == 1}
 
 
-def rows_at_work(url: str) -> float:
-    """Return how many rows are drawn or wait; replicas write down theirs every few seconds."""
+def rows_at_work(url: str) -> float | None:
+    """Return how many rows are drawn or wait, None when nobody tells; replicas write theirs down every few seconds."""
     time.sleep(2 * EVERY_S)
-    return sum(sample.value for name in ("fresco_live_rows", "fresco_waiting_rows") for sample in scrape(url, name))
+    found = [sample.value for name in ("fresco_live_rows", "fresco_waiting_rows") for sample in scrape(url, name)]
+    return sum(found) if found else None
 
 
 def scrape(url: str, name: str) -> list[Any]:

@@ -55,7 +55,7 @@ class Log:
     swaps: list[Swap] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     replicas: int = 1
-    rows_left: float = 0.0
+    rows_left: float | None = None
     """Rows that the endpoint still draws or keeps waiting when every request has had its end."""
 
 
@@ -90,9 +90,16 @@ def judge(log: Log, redrawn: Sequence[int], keys: Mapping[str, Ed25519PublicKey]
         *_kill_checks(log),
         *_swap_checks(log),
         *(_growth_check(log, name, most) for name, most in MOST_GROWTH_MIB.items()),
-        Check("nothing is drawn for those who left", f"{log.rows_left:g} rows in the end", log.rows_left == 0),
+        _rows_check(log.rows_left),
         Check("no process is left behind", f"{left_behind}", left_behind == 0),
     ]
+
+
+def _rows_check(rows_left: float | None) -> Check:
+    claim = "nothing is drawn for those who left"
+    if rows_left is None:
+        return Check(claim, "not measured", None)
+    return Check(claim, f"{rows_left:g} rows in the end", rows_left == 0)
 
 
 def _growth_check(log: Log, name: str, most_mib: float) -> Check:

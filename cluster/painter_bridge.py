@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from cluster.api_errors import ApiError, later, once
 from cluster.painter_contract import Finished, Job, MakeEvent, Painter, PaintEvent, SwappingError
-from cluster.painter_loading import NOTHING_TO_FOLLOW, Follow, first_that_draws, keep_following, wanted_by
+from cluster.painter_loading import NOTHING_TO_FOLLOW, Follow, choices, first_that_draws, keep_following
 
 LOADING_RETRY_S = 2
 IN_USE_RETRY_S = 1
@@ -229,10 +229,7 @@ class PainterBridge:
         self._keys.pop(request_id, None)
 
     def _run(self, factory: str, arguments: dict[str, Any], follow: Follow | None) -> None:
-        # A replica that starts late begins with the model that should serve by now; if that cannot draw, with the one
-        # the endpoint was started with, as the replicas do that were there before it.
-        wanted = wanted_by(follow) or arguments
-        painter, problem = first_that_draws(factory, [wanted, arguments] if wanted != arguments else [arguments])
+        painter, problem = first_that_draws(factory, choices(arguments, follow))
         if painter is None:
             self.error, self.state = problem, "failed"
         else:

@@ -9,13 +9,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.painter_contract import Painter
 
 LOG = logging.getLogger(__name__)
-LONGEST_PAUSE_S = 300.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 300.0
 """Between two tries to load a model that could not be."""
 
 
@@ -29,6 +30,8 @@ class Follow:
     resolver: str
     arguments: Mapping[str, Any]
     every_s: float
+    before: Mapping[str, Any] | None = None
+    """The resolver's arguments for what drew last: for a replica that starts while another cannot be loaded."""
     wait_s: float = 60.0
     """How long a request is held while a swap leaves nothing to draw it with; 503 afterwards."""
     most_waiting: int = 64
@@ -44,7 +47,10 @@ def first_that_draws(factory: str, choices: Sequence[Mapping[str, Any]]) -> tupl
     for arguments in choices:
         try:
             painter: Painter = _import(factory)(**arguments)
-            painter.warm_up()
+            with ExitStack() as otherwise:
+                otherwise.callback(painter.close)  # what cannot draw must not stay in memory beside what can
+                painter.warm_up()
+                otherwise.pop_all()
             return painter, problem
         except Exception as error:  # whatever a model's code raises: the endpoint must say it, not vanish
             traceback.print_exc()
@@ -52,13 +58,19 @@ def first_that_draws(factory: str, choices: Sequence[Mapping[str, Any]]) -> tupl
     return None, problem
 
 
-def wanted_by(follow: Follow | None) -> dict[str, Any] | None:
-    """Return the arguments of the model that should serve, None when nothing can be said."""
-    try:
-        return None if follow is None else _import(follow.resolver)(**follow.arguments)
-    except Exception:  # of a disk or a registry: the replica begins with what it was given
-        LOG.exception("which model should serve could not be read")
-        return None
+def choices(given: Mapping[str, Any], follow: Follow | None) -> list[Mapping[str, Any]]:
+    """Return what a replica that starts should try: the model that should serve, the one that drew last, the given one.
+
+    It may start long after the endpoint did, and must then draw as the replicas do that were there before it.
+    """
+    found: list[Mapping[str, Any]] = []
+    for arguments in (follow.arguments, follow.before) if follow is not None else ():
+        try:
+            known = _import(follow.resolver)(**arguments) if follow is not None and arguments is not None else None
+            found += [known] if known is not None else []
+        except Exception:  # of a disk or a registry: the replica begins with the next
+            LOG.exception("which model should serve could not be read")
+    return [one for place, one in enumerate([*found, given]) if one not in [*found, given][:place]]
 
 
 def keep_following(painter: Painter, follow: Follow, closing: threading.Event, tell: Callable[[str], None]) -> None:
@@ -70,7 +82,7 @@ def keep_following(painter: Painter, follow: Follow, closing: threading.Event, t
     resolve = _import(follow.resolver)
     done: dict[str, Any] | None = None
     failed: dict[str, Any] | None = None
-    pause_s, again_at = follow.every_s, 0.0
+    pause_s, again_at = FIRST_PAUSE_S, 0.0
     while not closing.wait(follow.every_s):
         wanted: dict[str, Any] | None = None
         try:
@@ -78,10 +90,10 @@ def keep_following(painter: Painter, follow: Follow, closing: threading.Event, t
             if wanted is None or wanted == done or (wanted == failed and time.monotonic() < again_at):
                 continue
             painter.swap(wanted)
-            done, failed, pause_s = wanted, None, follow.every_s
+            done, failed = wanted, None
             tell("")
         except Exception as error:  # of a registry, a disk or a model: what serves goes on serving
-            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s) if wanted == failed else follow.every_s
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s if wanted == failed else FIRST_PAUSE_S)
             failed, done, again_at = wanted, None, time.monotonic() + pause_s
             tell(f"{type(error).__name__}: {error}")
             LOG.exception("a model that should be loaded could not be; what drew before goes on")

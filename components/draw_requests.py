@@ -50,6 +50,8 @@ class DrawRequest:
     """Seconds from now within which the pictures must be ready; refused early when the measured speed says no."""
     partial_images: int = 0
     """How many early pictures to decode on the way, evenly spaced; fewer come when the decoder is busy."""
+    background: bool = False
+    """Nobody waits for it: not counted in the backlog, which others are told and replicas are added for."""
     progress: bool = False
     """Send a Progress event for every row and step."""
 

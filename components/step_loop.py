@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -61,9 +62,9 @@ class StepLoop:
 
     @property
     def backlog_pixel_steps(self) -> int:
-        """What is still to be made, of rows at work and rows that wait."""
-        live = (row for group in self._groups.values() for row in group.rows)
-        return self.queue.pixel_steps + sum(row.step_pixels * row.steps_left for row in live)
+        """What is still to be made for those who wait, of rows at work and rows in the queue."""
+        rows = chain(self.queue, (row for group in self._groups.values() for row in group.rows))
+        return sum(row.step_pixels * row.steps_left for row in rows if not row.owner.request.background)
 
     @property
     def backlog_s(self) -> float | None:

@@ -38,6 +38,7 @@ class Follower:
         self._config, self._workspace = config, workspace
         self._registry = Registry(workspace, config.placement.tracking_uri)
         self._told: list[str] = []
+        self._kept: int | None = None
         self.record: dict[str, Any] = {}
         self.arguments = self._write(model, None)
 
@@ -47,7 +48,8 @@ class Follower:
         serve = self._config.serve
         # A small file, where the registry may be a server: replicas need not add their own wait to the one before it.
         every_s = min(LOOK_EVERY_S, serve.follow_s)
-        return Follow(RESOLVER, {"path": str(self._path)}, every_s, serve.swap_wait_s, serve.max_queue)
+        before = {"path": str(self._drawn)}
+        return Follow(RESOLVER, {"path": str(self._path)}, every_s, before, serve.swap_wait_s, serve.max_queue)
 
     def write_record(self, url: str, pid: int, version: int | None) -> dict[str, Any]:
         """Write down who serves what, and since when."""
@@ -66,6 +68,9 @@ class Follower:
         if status["status"] in ("ready", ASLEEP) and drawing != self.record["model_version"]:
             self.write_record(self.record["url"], self.record["pid"], drawing)
             say(f"{self.record['url']} serves version {drawing}; rows at work finish on the one before")
+        if status["status"] == "ready" and drawing == self._champion.version and self._kept != drawing:
+            write_json_atomic(self._drawn, read_wanted(str(self._path)))
+            self._kept = drawing
         problems = [status.get("reason") or status["error"]]
         for follow in (self._follow_champion, self._follow_challenger):
             try:
@@ -98,6 +103,11 @@ class Follower:
             self._write(self._champion, resolve_model(self._config, wanted.uri))
             answers = f"it answers {serve.challenger_share:.0%} of requests and repeats {serve.shadow_share:.0%}"
             say(f"the challenger is version {wanted.number}: {answers}")
+
+    @property
+    def _drawn(self) -> Path:
+        """What `_path` said when the endpoint last drew with it."""
+        return self._workspace.root / "serving" / "drawn.json"
 
     @property
     def _path(self) -> Path:

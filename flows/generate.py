@@ -160,7 +160,8 @@ def _local(config: Config, model: str) -> Any:
     from flows.models import resolve_model
 
     found = resolve_model(config, model)
-    loaded = load_model(**model_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu"))
+    told = model_arguments(config, found, "cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(**{**told, "threads": None})  # many pictures at once keep all cores busy
 
     def draw_here(prompt: str, wish: Wish) -> Drawn:
         from cluster.api_errors import ApiError

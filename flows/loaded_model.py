@@ -65,6 +65,7 @@ def model_arguments(config: Config, model: ResolvedModel, device: str) -> dict[s
         "directory": str(model.directory),
         "device": device,
         "precision": config.serve.precision,
+        "threads": config.serve.threads,
         "resolution_px": trained_px,
         "fallback_px": config.data.resolution_px,
         "facts": {
@@ -103,23 +104,33 @@ def load_model(
     facts: Mapping[str, Any],
     precision: str = "auto",
     compile_rows: Sequence[int] = (),
+    threads: int | None = None,
 ) -> LoadedModel:
     """Load a diffusers directory; `resolution_px` 0 takes the size its denoiser was made for, if it says one.
 
     Its denoiser is compiled for calls of `compile_rows` rows of that size, before this returns; none leaves it plain.
+    On a CPU this process draws with `threads` from its first model on: 0 finds out how many are fastest, None takes
+    all.
     """
     import torch
 
     from components.compiled import with_compiled
     from components.models import family_named, latent_factor
+    from components.sampler import PictureRequest, draw
     from components.solvers import DIFFUSION_SOLVERS, FLOW_SOLVERS
+    from components.threads import settle_once
 
-    # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     parts = load_serving_parts(Path(directory), device, precision)
     made_for = getattr(parts.denoiser.config, "sample_size", None)
     made_for_px = made_for * latent_factor(parts) if isinstance(made_for, int) else fallback_px
     side_px = resolution_px or made_for_px
+    # Ray gives a process that reserves a fraction of a CPU one thread; a waiting core may as well draw.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is None:
+        torch.set_num_threads(cores)
+    elif device == "cpu":
+        picture = PictureRequest("threads", steps=2, width_px=side_px, height_px=side_px)
+        settle_once(lambda: draw(parts, [picture]), cores, threads)
     if compile_rows:
         parts = with_compiled(parts, compile_rows, [(side_px, side_px)])
     patch_px = latent_factor(parts) * family_named(parts.family).PATCH_CELLS

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cluster.api_errors import ApiError, later, once
 from cluster.artifacts import open_workspace
 from cluster.painter_contract import Job, MakeEvent, PaintEvent, Receiver
@@ -22,10 +20,9 @@ from components.engine_status import EngineLimits
 from components.errors import DeadlineError, InputError, QueueFullError
 from components.retouch import ENLARGES, RETOUCHES
 from components.safety import Safety, open_safety
-from components.sampler import PictureRequest, draw
+from components.sampler import PictureRequest
 from components.signing_key import Signer, open_signer
 from components.start_pictures import make_start
-from components.threads import settle_threads
 from flows.config import Config
 from flows.finish import Finisher
 from flows.loaded_model import LateEncoder, model_arguments
@@ -87,6 +84,7 @@ class EnginePainter:
     def submit(self, job: Job, receive: Receiver) -> None:
         """Accept a job; ApiError for what the safety stage or the engine refuses, SwappingError while it must wait."""
         self.lineup.choose(job)  # a job that must wait is judged when it comes again
+        self.check(job)  # a full queue is known before anybody judges or encodes
         self._finisher.judge(job)
         while True:
             chosen, role = self.lineup.choose(job)
@@ -218,7 +216,6 @@ def painter_arguments(
             "classifier": serve.safety_classifier,
             "options": dict(serve.safety_options),
         },
-        "threads": serve.threads,
         "keys": str(open_workspace(config.workspace).keys),
         "clip": str(Path(config.model.clip).expanduser().absolute() if config.model.clip else embedded_clip()),
     }
@@ -232,21 +229,14 @@ def make_painter(
     clip: str,
     versions: Mapping[str, Any] | None = None,
     challenger: Mapping[str, Any] | None = None,
-    threads: int = 0,
 ) -> EnginePainter:
     """Load a model and start an engine for it; `keys` is the folder of the key that signs pictures.
 
-    A challenger is not loaded here: `swap` does so once the champion answers, which must not wait for it. `threads`
-    draw, on a CPU; 0 finds out how many are fastest.
+    A challenger is not loaded here: `swap` does so once the champion answers, which must not wait for it.
     """
     judges = open_safety(**safety)
     signer = open_signer(Path(keys))
     lineup = Lineup(model, EngineLimits(**limits), VersionSettings(**(versions or {})))
-    parts, row = lineup.champion.parts, warm_up_row(lineup.champion.info)
-    if threads:
-        torch.set_num_threads(threads)
-    elif parts is not None and parts.denoiser.device.type == "cpu":
-        settle_threads(lambda: draw(parts, [row]), torch.get_num_threads())
     return EnginePainter(lineup, judges, signer, LateEncoder(clip))
 
 

@@ -35,7 +35,8 @@ def rehearse(config: Config, model: ResolvedModel) -> Served:
     """Serve the model, ask for the fixed prompts one by one, compare, end it; a failure is told in `problem`."""
     device = "cuda" if config.serve.gpus_per_replica else "cpu"
     # Reached from this machine only and asked by this verb only: no keys, nothing refused, nothing for the monitor.
-    alone = {"host": "127.0.0.1", "port": 0, "api_keys_file": "", "capture_share": 0.0}
+    alone = {"host": "127.0.0.1", "port": 0, "api_keys_file": "", "capture_share": 0.0, "otlp_endpoint": ""}
+    alone |= {"min_replicas": 1, "max_replicas": 1}
     # Calls of the sampler's own shapes, plain: others round differently, by levels of 255 in bf16. What cannot be
     # compiled serves all the same.
     plain = {"row_buckets": (), "compile": False}

@@ -79,7 +79,14 @@ class Shadows:
         request_id, name = request.request_id, version()
         if not self._is_wanted(request_id):
             return
-        repeated = DrawRequest(request_id + SUFFIX, request.rows, solver=request.solver, key=SUFFIX, priority=PRIORITY)
+        repeated = DrawRequest(
+            request_id + SUFFIX,
+            request.rows,
+            solver=request.solver,
+            key=SUFFIX,
+            priority=PRIORITY,
+            background=True,
+        )
         try:
             if name is None:
                 raise InputError("challenger expected to be loaded, found none")

@@ -93,8 +93,11 @@ class Lineup:
         self._at_work: dict[str, Loaded] = {}
         self._changed = threading.Condition()
         self._following = threading.Lock()
+        self._failed_drained: Mapping[str, Any] | None = None
+        """What did not load when everything else had been let go for it: nobody waits for a second try."""
+        model = load(**arguments)
         self.engine = StepBatchEngine(limits, on_dropped=self._forget)
-        self._crown(self._add(arguments, load(**arguments)))
+        self._crown(self._add(arguments, model))
 
     def choose(self, job: Job) -> tuple[Loaded, Role]:
         """Return the weights that draw a new job; SwappingError while it must wait, ApiError when it never will."""
@@ -172,6 +175,8 @@ class Lineup:
             raise MemoryError(f"{reason}, even without what serves; free memory, or give the replica more")
         if plan == "beside":
             self._crown(self._add(arguments, self._drawing(arguments)))
+        elif arguments == self._failed_drained:
+            raise MemoryError(f"{reason}; it could not be loaded when what serves had made room for it")
         else:
             self._drain(arguments, f"{reason}; what serves finishes its requests first, new ones wait")
 
@@ -186,6 +191,7 @@ class Lineup:
             except Exception as error:
                 # Its frames hold what was loaded of the new weights, and there is no room for both.
                 traceback.clear_frames(error.__traceback__)
+                self._failed_drained = arguments
                 self._restore(old, error)
                 raise
             self.counts.swaps_drained += 1
@@ -272,8 +278,10 @@ class Lineup:
 
 
 def can_draw(loaded: Loaded, job: Job) -> bool:
-    """Whether a model knows the solver that was asked for: two architectures may not share theirs."""
-    return job.order.scheduler is None or job.order.scheduler in loaded.info["schedulers"]
+    """Whether a model knows the solver and draws the size that were asked for: architectures may not share theirs."""
+    row, multiple = job.order.rows[0], loaded.info["size_multiple_px"]
+    fits = row["width_px"] % multiple == 0 and row["height_px"] % multiple == 0
+    return fits and job.order.scheduler in (None, *loaded.info["schedulers"])
 
 
 def warm_up_row(info: Mapping[str, Any]) -> PictureRequest:

@@ -18,7 +18,7 @@ from cluster.api_errors import ApiError, once
 from cluster.images_schema import ImagesRequest, make_order
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job, Partial, Receiver, SwappingError
-from cluster.painter_loading import Follow
+from cluster.painter_loading import Follow, choices
 from cluster.placement import ServeSection
 from tests.endpoint import wait_for
 
@@ -302,7 +302,7 @@ def test_painter_follows_what_the_resolver_names_and_stays_where_it_cannot(
 def test_model_that_could_not_be_loaded_is_tried_again(held: HeldPainter, monkeypatch: pytest.MonkeyPatch) -> None:
     away = {"error": "the disk is away"}
     sys.modules["held_painter"].wanted = away  # type: ignore[attr-defined]
-    monkeypatch.setattr("cluster.painter_loading.LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("cluster.painter_loading.FIRST_PAUSE_S", 0.05)
     with closing(PainterBridge("held_painter:make", {}, Follow("held_painter:resolve", {}, every_s=0.01))) as bridge:
         wait_for(lambda: bridge.state == "ready" and bridge.swap_error == "ValueError: the disk is away")
         monkeypatch.setattr(held, "swap", held.swapped.append)
@@ -365,3 +365,19 @@ def test_request_that_would_wait_too_long_or_beside_too_many_is_told_to_come_aga
             run(bridge.submit(job("first")))
         assert refused.value.status == 503 and refused.value.headers["Retry-After"] and refused.value.code == "swapping"
         assert bridge._keys == {} and bridge._held == set()
+
+
+def test_replica_that_starts_late_tries_what_should_serve_then_what_drew_last_then_what_it_was_given(
+    held: HeldPainter,
+) -> None:
+    follow = Follow("held_painter:told", {"of": "wanted"}, every_s=60.0, before={"of": "drawn"})
+    told: dict[str, Any] = {"wanted": {"error": "no such file"}, "drawn": {"error": ""}}
+    sys.modules["held_painter"].told = lambda of: told[of]  # type: ignore[attr-defined]
+    assert choices({}, follow) == [{"error": "no such file"}, {"error": ""}, {}]
+    with closing(PainterBridge("held_painter:make", {}, follow)) as bridge:
+        wait_for(lambda: bridge.state == "ready")
+        assert bridge.swap_error == "ValueError: no such file" and bridge.painter is held
+    told["wanted"] = None
+    assert choices({"error": ""}, follow) == [{"error": ""}]
+    del told["drawn"]
+    assert choices({}, follow) == [{}]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from components.threads import settle_threads
+from components.threads import settle_once, settle_threads
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +36,18 @@ def test_fewer_threads_are_taken_unless_more_are_clearly_faster(cost_s: object, 
 def test_error_of_a_first_picture_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
         settle_threads(lambda: 1 / 0, 2)
+
+
+def test_process_settles_once_and_long_pictures_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.threads._settled", None)
+    drawn: list[int] = []
+
+    def slow() -> None:
+        drawn.append(torch.get_num_threads())
+        time.sleep(0.02)
+
+    monkeypatch.setattr("components.threads.LONG_S", 0.01)
+    assert settle_once(slow, 2) == 2 and drawn == [2]
+    assert settle_once(slow, 8, asked=5) == 2 == torch.get_num_threads() and drawn == [2]
+    monkeypatch.setattr("components.threads._settled", None)
+    assert settle_once(slow, 8, asked=5) == 5 and drawn == [2]

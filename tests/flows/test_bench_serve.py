@@ -242,7 +242,7 @@ def quiet_log() -> Log:
     stories = [story(0.0, "drawn"), story(9.5, "clear", "drawn"), story(12.0, "clear", "drawn"), story(30.0, "left")]
     stories += [story(41.0, "drawn", version=2), story(70.0, "drawn", version=2)]
     samples = [Sample(float(at), 500.0, {"fresco serve": 400.0, "Ray": 500.0}) for at in range(0, 80, 5)]
-    return Log(stories, [Kill(10.0, 20.0)], [Swap(40.0, 2)], samples)
+    return Log(stories, [Kill(10.0, 20.0)], [Swap(40.0, 2)], samples, rows_left=0)
 
 
 def test_a_run_in_which_all_went_well_holds_every_claim() -> None:
@@ -282,6 +282,8 @@ def test_wrong_pictures_other_seeds_leaks_and_leftovers_are_told() -> None:
     log = quiet_log()
     log.rows_left = 1
     assert broken(log) == ["nothing is drawn for those who left"]
+    log.rows_left = None
+    assert broken(log) == ["nothing is drawn for those who left"], "nobody told"
     log = quiet_log()
     log.stories.append(story(14.0, "clear", "drawn"))
     assert broken(log) == [], "none was ready"
