@@ -138,9 +138,7 @@ Model = Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id,
 @verb
 def demo(
     shared: Shared,
-    stop: Annotated[
-        bool, typer.Option("--stop", help="End the endpoint when the story is told; without it, it goes on.")
-    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the endpoint at the end; else it goes on.")] = False,
 ) -> None:
     """Tell the whole story on the built-in data: search for the recipe, measure, gate, serve, draw."""
     shared.run("demo", lambda flow, config: flow.run(config, stop=stop))
@@ -205,9 +203,7 @@ def serve(
     shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End the endpoint of this workspace, detached or not.")] = False,
-    new_key: Annotated[
-        str, typer.Option("--new-key", help="Make an API key of this name in serve.api_keys_file, show it once, end.")
-    ] = "",
+    new_key: Annotated[str, typer.Option("--new-key", help="Make a key in serve.api_keys_file, show it once.")] = "",
 ) -> None:
     """Serve the champion over HTTP in the shape of the OpenAI Images API, until Ctrl-C or, with --detach, --stop."""
 
