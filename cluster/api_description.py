@@ -37,14 +37,15 @@ RETRY_AFTER = {"description": "seconds", "required": True, "schema": {"type": "i
 MEANINGS = {
     400: "a field, or the body, is not as described",
     401: "no key of this endpoint",
+    403: "without keys: a page of another site, or a host that is not this machine's",
     404: "no such thing here",
     409: "another request of this name is at work",
     413: "the body is above its limit",
     415: "not the media type of this route",
-    429: "the queue, or the key's minute, is full; come again after Retry-After",
+    429: "the queue, the key's minute or the decoding of uploads is full, or a deadline is too near; see Retry-After",
     499: "the request was cancelled",
     500: "drawing failed",
-    503: "the model is loading, or the endpoint is ending; come again after Retry-After",
+    503: "the model, or another one, is being loaded, the replica was lost, or the endpoint is ending; see Retry-After",
     504: "the deadline passed while it was drawn",
 }
 PASSING = (409, 429, 503)

@@ -157,9 +157,8 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     message = str(error.detail)
     if error.status_code in (404, 405):
-        message = (
-            f"{request.method} {request.url.path[:MOST_NAME_CHARS]} expected to be a route of this endpoint; see /docs"
-        )
+        asked = f"{request.method} {request.url.path[:MOST_NAME_CHARS]}"
+        message = f"{asked} expected to be a route of this endpoint; see /openapi.json for the routes"
     code = STATUS_CODES.get(error.status_code, "bad_request" if error.status_code < 500 else "server_error")
     return error_response(error.status_code, message, code=code, headers=error.headers)
 

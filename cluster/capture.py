@@ -37,7 +37,6 @@ MOST_WAITING_BYTES = 64 * 2**20
 SHARD_ROWS = 512
 FLUSH_S = 60.0
 LOWEST_PRIORITY = 19
-SALT = "capture"
 SUFFIX = ".parquet"
 SCHEMA = pa.schema(
     [

@@ -148,7 +148,7 @@ def add_drawing_routes(app: FastAPI, desk: Desk, caller: Caller, reader: Caller)
         body, files = await read_edit(request, desk.limits)
         return await _draw(desk, request, body, key, files, "image_edit")
 
-    @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=errors(401, 404))
+    @app.delete(REQUESTS_ROUTE + "/{request_id}", responses=errors(401, 403, 404))
     async def cancel(request_id: str, key: Annotated[ApiKey | None, Depends(reader)]) -> CancelledRequest:
         if not await desk.cancel(request_id, key.name if key else ""):
             message = f"{REQUESTS_ROUTE}/ID expected the x-request-id of a request of yours at work, found none"

@@ -97,24 +97,29 @@ def _add_models(app: FastAPI, desk: Desk, admitted: Any) -> None:
         info = desk.bridge.info if version is None else desk.bridge.painter.info(version)
         return ModelCard(id=name, created=info.get("created", 0), **provenance_of(info))
 
-    @app.get("/v1/models", dependencies=[admitted], responses=errors(401))
+    @app.get("/v1/models", dependencies=[admitted], responses=errors(401, 403))
     async def models() -> ModelList:
         beside = [(desk.name_of(version), version) for version in desk.bridge.versions[1:]]
         return ModelList(data=[card(desk.name), *(card(*one) for one in beside)])
 
-    @app.get("/v1/models/{model_id:path}", dependencies=[admitted], responses=errors(401, 404))
+    @app.get("/v1/models/{model_id:path}", dependencies=[admitted], responses=errors(401, 403, 404))
     async def model(model_id: str) -> ModelCard:
         version = desk.check_model(model_id)
         return card(desk.name if version is None else model_id, version)
 
 
 def _add_health(app: FastAPI, desk: Desk) -> None:
-    @app.get("/healthz", response_model=Health, responses={503: {"model": Health, "description": "draws no more"}})
+    broken: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "draws no more"}, **errors(403)}
+
+    @app.get("/healthz", response_model=Health, responses=broken)
     async def healthy() -> JSONResponse:
         problem = desk.bridge.problem
         return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
 
-    unready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "no model is loaded"}}
+    unready: dict[int | str, dict[str, Any]] = {
+        503: {"model": Readiness, "description": "no model is loaded"},
+        **errors(403),
+    }
 
     @app.get("/readyz", response_model=Readiness, responses=unready)
     async def ready() -> JSONResponse:

@@ -118,7 +118,7 @@ def add_route(app: FastAPI, store: PictureStore) -> None:
         200: {"description": "the picture", "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}}
     }
 
-    @app.get(ROUTE + "/{name}", response_class=Response, responses={**kept, **errors(404)})
+    @app.get(ROUTE + "/{name}", response_class=Response, responses={**kept, **errors(403, 404)})
     async def picture(name: str) -> Response:
         found = await run_in_threadpool(store.get, name)
         if found is None:

@@ -80,7 +80,7 @@ class ServeSection(Section):
     row_buckets: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
     compile: bool = False
-    """Compile the denoiser for every bucket at the model's own size before it serves; without any, 1, 2, 4 ..."""
+    """Compile the denoiser for every bucket at the model's own size before it serves; without buckets 1, 2, 4 ..."""
     blocklist_file: str = ""
     """Text file of words and phrases, by [category]; a prompt that says one is refused. Empty refuses none."""
     safety_classifier: str = ""
@@ -88,7 +88,7 @@ class ServeSection(Section):
     safety_options: dict[str, Any] = {}
     """Keyword arguments of the classifier's function."""
     follow_s: float = Field(5.0, gt=0)
-    """Seconds between looks at which version is the champion; a new one is loaded beside the old."""
+    """Seconds between looks at the registry: who is champion, who challenger? A new one loads beside the old."""
     challenger_share: float = Field(0.0, ge=0, le=1)
     """Share of requests that the version with the alias challenger answers; a request id is always on the same side."""
     shadow_share: float = Field(0.0, ge=0, le=1)

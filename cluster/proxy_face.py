@@ -152,7 +152,7 @@ def _lost() -> ApiError:
 def _error_of_proxy(status: int) -> ApiError:
     """What Serve's proxy says in a text of its own, in OpenAI's shape."""
     if status == 404:
-        return ApiError("no endpoint at this path; see /docs for the routes", code="not_found", status=404)
+        return ApiError("no endpoint at this path; see /openapi.json for the routes", code="not_found", status=404)
     if status in (408, 499):
         return once(status, "the request took longer than the proxy waits", "timeout")
     if status in (429, 503):

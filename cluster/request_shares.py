@@ -1,7 +1,7 @@
 """Which requests belong to a share: decided by a hash of the request id, so every replica decides alike.
 
-A request id is always on the same side, whatever is asked and when. Each use has a salt of its own: what is captured
-says nothing about what the challenger draws, so neither sample is biased by the other.
+A request id is always on the same side, whatever is asked and when. Each use has a salt of its own, so the challenger's
+requests and the shadows' are drawn apart. (What is captured is drawn by lot: `capture`.)
 """
 
 import hashlib

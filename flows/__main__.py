@@ -76,8 +76,10 @@ def _keep_stdout_clean() -> int:
 class Shared:
     """The options that every verb takes."""
 
-    config: Annotated[str | None, typer.Option("--config", help="YAML file with the config tree.")] = None
-    preset: Annotated[str | None, typer.Option("--preset", help="Named config; default: tiny_cpu.")] = None
+    config: Annotated[str | None, typer.Option("--config", help="YAML file: what differs from the defaults.")] = None
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Named config; tiny_cpu where neither this nor --config is given.")
+    ] = None
     set: Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. train.steps=600. Repeatable.")] = None
     workspace: Annotated[
         str | None, typer.Option("--workspace", help="Folder for everything Fresco writes. [FRESCO_WORKSPACE]")
@@ -136,7 +138,7 @@ Model = Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id,
 @verb
 def demo(
     shared: Shared,
-    stop: Annotated[bool, typer.Option("--stop", help="End the endpoint when the story is told.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the endpoint at the end; else it goes on.")] = False,
 ) -> None:
     """Tell the whole story on the built-in data: search for the recipe, measure, gate, serve, draw."""
     shared.run("demo", lambda flow, config: flow.run(config, stop=stop))
@@ -144,7 +146,7 @@ def demo(
 
 @verb
 def prepare(shared: Shared) -> None:
-    """Turn captioned images into a validated, split, encoded dataset version."""
+    """Turn captioned pictures into a checked, split, encoded dataset version."""
     shared.run("prepare", lambda flow, config: flow.run(config))
 
 
@@ -200,10 +202,10 @@ def history(shared: Shared) -> None:
 def serve(
     shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="End the detached endpoint of this workspace.")] = False,
-    new_key: Annotated[str, typer.Option("--new-key", help="Make an API key of this name, show it once, end.")] = "",
+    stop: Annotated[bool, typer.Option("--stop", help="End the endpoint of this workspace, detached or not.")] = False,
+    new_key: Annotated[str, typer.Option("--new-key", help="Make a key in serve.api_keys_file, show it once.")] = "",
 ) -> None:
-    """Serve the champion over HTTP in the shape of the OpenAI Images API; blocks until Ctrl-C."""
+    """Serve the champion over HTTP in the shape of the OpenAI Images API, until Ctrl-C or, with --detach, --stop."""
 
     def call(flow: Any, config: Any) -> Any:
         return flow.make_key(config, new_key) if new_key else flow.run(config, detach=detach, stop=stop)

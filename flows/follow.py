@@ -86,7 +86,7 @@ class Follower:
         champion = self._registry.by_alias(self._config.name, CHAMPION)
         if champion is not None and champion.number != self._champion.version:
             self._write(resolve_model(self._config, champion.uri), self._challenger)
-            say(f"the champion is version {champion.number}: it is loaded beside the one that serves")
+            say(f"the champion is version {champion.number}: it is being loaded")
 
     def _follow_challenger(self) -> None:
         """Ask the registry only where a challenger would draw; one that cannot be had leaves the champion alone."""

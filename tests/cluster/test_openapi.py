@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -85,6 +86,16 @@ def test_what_the_page_allows_is_answered_as_it_says(page: Any, operation: str) 
 def test_what_the_page_does_not_allow_is_refused_as_it_says(page: Any, operation: str) -> None:
     statuses = ask(page, operation, GenerationMode.NEGATIVE)
     assert statuses.count(400) > len(statuses) / 2
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_a_host_of_another_name_is_told_is_on_the_page(served: Endpoint, operation: str) -> None:
+    method, path = operation.split(" ")
+    described = httpx.get(f"{served.url}/openapi.json").json()["paths"][path][method.lower()]["responses"]
+    address = f"{served.url}{path}".replace("{", "").replace("}", "")
+    answer = httpx.request(method, address, headers={"host": "evil.example"})
+    assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
+    assert described["403"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
 
 
 def ask(page: Any, name: str, mode: GenerationMode) -> list[int]:
