@@ -13,6 +13,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -71,7 +72,10 @@ def with_compiled(
         denoiser = _twin(parts.denoiser)
         torch._dynamo.config.accumulated_recompile_limit = MANY
         family_named(parts.family).compile_denoiser(denoiser, dynamic=False, backend=backend, recompile_limit=MANY)
-        shapes = frozenset(_warm_up(parts, denoiser, row_counts, sizes_px))
+        # Code holds for the number of threads it was compiled with, and each thread has a number of its own: a new one
+        # has what those will have that draw.
+        with ThreadPoolExecutor(1, thread_name_prefix="compile") as compiling:
+            shapes = compiling.submit(_warm_up, parts, denoiser, row_counts, sizes_px).result()
     except Exception as error:  # compilers raise anything: whatever it is, the plain denoiser draws
         told = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:MAX_TOLD_CHARS]
         logger.warning(
@@ -96,7 +100,8 @@ def _twin(denoiser: Any) -> Any:
 @torch.inference_mode()  # as in the engine's steps: code that was compiled without it is not taken there
 def _warm_up(
     parts: Parts, denoiser: Any, row_counts: Sequence[int], sizes_px: Sequence[tuple[int, int]]
-) -> Iterator[CallShape]:
+) -> frozenset[CallShape]:
+    shapes: set[CallShape] = set()
     call = family_named(parts.family).call_denoiser
     dtype, device = parts.denoiser.dtype, next(parts.denoiser.parameters()).device
     for width_px, height_px in sizes_px:
@@ -108,7 +113,8 @@ def _warm_up(
                 texts = text.rows([0] * num_rows)
                 found_BCHW = call(denoiser, latents_BCHW, timestep_B, texts)
                 _check(found_BCHW, call(parts.denoiser, latents_BCHW, timestep_B, texts))
-                yield tuple(latents_BCHW.shape), text_length_classes(text)[0]
+                shapes.add((tuple(latents_BCHW.shape), text_length_classes(text)[0]))
+    return frozenset(shapes)
 
 
 def _texts(parts: Parts) -> Iterator[TextStates]:

@@ -8,10 +8,11 @@ Shape letters: B pictures, C channels, H rows, W columns.
 
 import io
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +61,7 @@ def decode(content: bytes, limits: Limits = Limits()) -> Image.Image:
     """Return the upright RGB picture on white; PictureError with the reason when there is none."""
     if not content:
         raise PictureError(ZERO_BYTES)
-    with _own_pixel_limit():
+    with _own_pixel_limit:
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         except UnidentifiedImageError:
@@ -141,14 +142,30 @@ def _reason(error: Exception) -> str:
     return TRUNCATED if cut_short else UNREADABLE
 
 
-@contextmanager
-def _own_pixel_limit() -> Iterator[None]:
-    """Put Pillow's process-wide limit and its warnings aside: `Limits.max_pixels` decides, from the header."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+class _OwnPixelLimit:
+    """Puts Pillow's limit and its warnings aside: `Limits.max_pixels` decides, from the header.
+
+    Both belong to the process, so threads that decode at the same time share one putting aside: the first one in does
+    it and the last one out undoes it. Each on its own, they would leave each other's state behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._undo = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                self._undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._undo.close()
+
+
+_own_pixel_limit = _OwnPixelLimit()

@@ -5,6 +5,7 @@ for which shapes and when, is PyTorch's own doing there as with the real backend
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,6 +112,22 @@ def test_every_call_of_the_engine_is_compiled_beforehand_and_draws_the_plain_pic
     calls, others = compiler.num_calls, [picture(width_px=32), picture(seed=2, width_px=32, height_px=32)]
     check_alike(draw_in_engine({"v1": compiled}, others)["v1"], parts, others)
     assert (compiler.num_graphs, compiler.num_calls) == (graphs, calls), "other sizes take the plain denoiser"
+
+
+def test_code_holds_for_the_threads_that_draw_whatever_number_the_compiling_one_has(parts: Parts) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # for threads that first compute from now on
+    other.start()
+    other.join()
+    try:
+        compiler = Compiler()
+        compiled = with_compiled(parts, BUCKETS, [(16, 16)], compiler)
+        graphs = compiler.num_graphs
+        draw_in_engine({"v1": compiled}, MIXED[:1])
+        assert compiler.num_graphs == graphs
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_two_versions_keep_their_own_weights_however_many_were_compiled_before() -> None:

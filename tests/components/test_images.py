@@ -1,6 +1,7 @@
 """Pictures of every kind against pixel values known beforehand, and damaged bytes that must never crash."""
 
 import io
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from components import images
 from components.images import TURNS, Limits, PictureError, decode, preprocess, to_pixels, to_png
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -131,6 +133,24 @@ def test_the_pixel_limit_is_ours_and_pillows_is_left_as_it_was() -> None:
     large = Image.new("1", (20_000, 10_000))  # beyond twice Pillow's own limit, 25 MB in memory
     with pytest.raises(PictureError, match="decompression_bomb"):
         decode(encoded(large), Limits(max_pixels=199_999_999))
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_pillows_limit_is_left_as_it_was_by_threads_that_overlap() -> None:
+    before, inside = Image.MAX_IMAGE_PIXELS, threading.Barrier(2)
+    first_out = threading.Event()
+
+    def first() -> None:
+        with images._own_pixel_limit:
+            inside.wait(30)
+        first_out.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    with images._own_pixel_limit:
+        inside.wait(30)
+        assert first_out.wait(30) and Image.MAX_IMAGE_PIXELS is None, "the other one is still inside"
+    thread.join()
     assert before == Image.MAX_IMAGE_PIXELS
 
 
