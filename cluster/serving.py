@@ -31,6 +31,8 @@ MOST_REQUESTS = 4096
 """Requests that Serve lets to a replica at a time: the engine refuses long before, and says when to come again."""
 READY_LIMIT_S = 300.0
 POLL_S = 0.25
+TELL_S = 20.0
+"""A replica without a model stays so long to say why."""
 HEALTH_CHECK_S = 2.0
 """A replica that was killed is missed after so long (Serve's default is 10 s)."""
 REQUEST_TIMEOUT_S = 5.0
@@ -68,6 +70,7 @@ class ImagesReplica:
         self.load_report = LoadReport()
         # Serve deals requests to a replica from here on: one that still loads would refuse what another could draw.
         self.bridge.wait_until_loaded(READY_LIMIT_S)
+        self._made = time.monotonic()
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
         from cluster.images_api import make_app
@@ -75,8 +78,11 @@ class ImagesReplica:
         return make_app(self.desk)
 
     def check_health(self) -> None:
-        """Let Serve start a fresh replica when the model could not be loaded or its loop has ended."""
-        if self.bridge.problem:
+        """Let Serve start a fresh replica when the model could not be loaded or its loop has ended.
+
+        Not at once: a replica that is unhealthy from the start never answers, and /readyz has to say what is wrong.
+        """
+        if self.bridge.problem and time.monotonic() - self._made > TELL_S:
             raise EndpointError(self.bridge.problem)
 
     def record_autoscaling_stats(self) -> dict[str, float]:

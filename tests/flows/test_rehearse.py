@@ -65,7 +65,7 @@ def test_model_that_draws_nothing_finite_is_told_with_its_own_words(
         parts.denoiser.conv_out.bias.fill_(float("nan"))
     save_parts(parts, tmp_path / "broken")
     served = rehearse(config, resolve_model(config, str(tmp_path / "broken")))
-    assert "NonFiniteError: expected finite latents" in served.problem
+    assert "NonFiniteError: expected finite" in served.problem
     assert check_served(served, config.gate).outcome == "fail"
 
 
