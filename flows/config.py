@@ -18,8 +18,11 @@ from cluster.redaction import redacted
 from components.errors import InputError
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection, Section, TrainSection
 from components.search_space import SearchSection
+from components.standing import MonitorSection, RetrainSection
 
 DEFAULT_PRESET = "tiny_cpu"
+AFTER_A_RUN = ("serve", "monitor", "retrain")
+"""Sections that say nothing about a run."""
 
 
 class Config(Section):
@@ -34,6 +37,8 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     gate: GateSection = GateSection()
     serve: ServeSection = ServeSection()
+    monitor: MonitorSection = MonitorSection()
+    retrain: RetrainSection = RetrainSection()
     placement: PlacementSection = PlacementSection()
 
 

@@ -24,7 +24,7 @@ from components.models import family_of
 from components.recipe import trains_text
 from components.search_results import OWN
 from components.search_space import Dimension, default_grace, draw, own_recipe
-from flows.config import Config, with_overrides
+from flows.config import AFTER_A_RUN, Config, with_overrides
 from flows.console import say
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
@@ -61,7 +61,7 @@ class Search:
             told = [self.proposer.tell_earlier(one) for one in self._earlier(family)]
             if any(told):
                 say(f"warm start: {sum(told)} trials of earlier searches on {family} are known to the sampler")
-        self.record.begin(family=family, steps=config.train.steps, config=config.model_dump(exclude={"serve"}))
+        self.record.begin(family=family, steps=config.train.steps, config=config.model_dump(exclude={*AFTER_A_RUN}))
         self.uri = config.placement.tracking_uri or inputs.workspace.mlflow_uri
         self.parent = self._open_parent()
 
@@ -92,7 +92,7 @@ class Search:
         # A server that was never there is told at once; one that goes away in mid-search is waited for.
         if known is not None and telemetry.run_exists(self.uri, known["run_id"]):
             return str(known["run_id"])
-        params = {"dataset": self.inputs.dataset.id, **self.config.model_dump(exclude={"serve", "workspace"})}
+        params = {"dataset": self.inputs.dataset.id, **self.config.model_dump(exclude={*AFTER_A_RUN, "workspace"})}
         artifacts = self.inputs.workspace.root / "mlartifacts"
         name = f"search {self.directory.name}"
         run_id = telemetry.start_run(self.uri, self.config.name, name, params, artifacts)

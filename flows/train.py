@@ -28,7 +28,7 @@ from components.models import Parts, embedded_base, load_parts, model_fingerprin
 from components.objective import make_objective
 from components.optim import make_optimizer, rate_factor, state_names
 from components.recipe import TrainSection, trains_text
-from flows.config import Config, recipe_fingerprint
+from flows.config import AFTER_A_RUN, Config, recipe_fingerprint
 from flows.console import program, say, step
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
@@ -116,7 +116,7 @@ def open_job(
     known = read_json(directory / "mlflow.json")
     mlflow_run_id = str(known["run_id"]) if known is not None else ""
     if not mlflow_run_id or not telemetry.run_exists(uri, mlflow_run_id):
-        params = {"dataset": inputs.dataset.id, **config.model_dump(exclude={"serve", "search", "workspace"})}
+        params = {"dataset": inputs.dataset.id, **config.model_dump(exclude={*AFTER_A_RUN, "search", "workspace"})}
         artifacts = inputs.workspace.root / "mlartifacts"
         mlflow_run_id = telemetry.start_run(uri, config.name, run_id, params, artifacts, parent)
         write_json_atomic(directory / "mlflow.json", {"run_id": mlflow_run_id})
