@@ -4,6 +4,7 @@ Shape letters: B samples, C channels, H, W latent height and width.
 """
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,13 @@ from cluster.placement import plan_batch
 from cluster.zero import choose_stage
 from components.batches import Batch, SplitData, training_batch
 from components.errors import NonFiniteError
-from components.freezing import TrainedModel, parameter_groups
+from components.freezing import parameter_groups
 from components.objective import Objective, squared_error
 from components.optim import make_optimizer, rate_factor, state_names
 from flows.config import Config
 
 
-def engine_of(
-    config: Config, model: TrainedModel, counts: tuple[int, int], here: workers.WorkerContext
-) -> tuple[Engine, int]:
+def engine_of(config: Config, model: Any, counts: tuple[int, int], here: workers.WorkerContext) -> tuple[Engine, int]:
     """Return this worker's engine and its ZeRO stage; `counts` are the parameters that train and that are frozen."""
     train, placement = config.train, config.placement
     bf16 = train.precision == "bf16"
