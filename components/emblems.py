@@ -2,7 +2,8 @@
 
 Captioned flat pictures, drawn without limit from a seed: nothing is downloaded, and no two indices share a stream.
 `base` and `drifted` follow one grammar (size, colour, shape, background, and a position or a count), so that
-`emblem_reader` can judge a generated picture exactly. `drifted` has other shapes, colours and grounds, in outline.
+`emblem_reader` can judge a generated picture exactly. `drifted` has other shapes, colours and grounds, in outline;
+`shifted` is a smaller step away from `base`: a new shape (star) and a new palette, filled.
 `collage` is free variety to train an autoencoder or CLIP; it has no grammar and is never read back.
 This module refuses to rotate emblems (a turned square is a diamond). Lengths are in px of a 64 px picture, y down.
 """
@@ -86,6 +87,12 @@ WORLDS = {
         },
         shapes=("star", "heart", "crescent", "arrow", "square", "triangle"),
         outline=True,
+    ),
+    "shifted": World(
+        colours={"teal": (0, 136, 136), "gold": (206, 150, 0), "crimson": (178, 8, 56), "magenta": (220, 30, 190)},
+        backgrounds={"mint": (160, 232, 190), "lavender": (204, 180, 250)},
+        shapes=("circle", "square", "star"),
+        outline=False,
     ),
 }
 SIZE_WORDS = {"small": ("small", "small", "little"), "large": ("large", "large", "big")}
@@ -199,7 +206,9 @@ def parse_caption(text: str) -> Emblem | None:
         meanings = _meanings(words)
         said: dict[str, str] = {}
         if all(word in meanings and said.setdefault(*meanings[word]) == meanings[word][1] for word in spoken):
-            return _emblem_said(said, world)
+            emblem = _emblem_said(said, world)
+            if emblem is not None:
+                return emblem
     return None
 
 
