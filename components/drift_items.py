@@ -60,7 +60,9 @@ def item_table(items: Sequence[Captioned], job: FeatureJob) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def make_items(table: pa.Table, encoder: str, known: Mapping[str, int], rejected: Any) -> Items:
+def make_items(
+    table: pa.Table, encoder: str, known: Mapping[str, int], rejected: Any, prompts: Texts | None = None
+) -> Items:
     """What `drift.look` compares. `known` counts training captions by word; `rejected` is 1 or 0 for each candidate."""
     captions = tuple(table["caption"].to_pylist())
     width, height = (table[name].to_numpy() for name in ("width_px", "height_px"))
@@ -69,7 +71,7 @@ def make_items(table: pa.Table, encoder: str, known: Mapping[str, int], rejected
     statistics |= {name: table[name].to_numpy() for name in NUMBERS}
     statistics["rejected"] = np.asarray(rejected, np.float64)
     rows = {name: stack(table[name].to_pylist()) for name in (PICTURE_ROW, THUMBNAIL, CAPTION_ROW)}
-    return Items(encoder, rows[PICTURE_ROW], rows[THUMBNAIL], Texts(captions, rows[CAPTION_ROW]), statistics)
+    return Items(encoder, rows[PICTURE_ROW], rows[THUMBNAIL], Texts(captions, rows[CAPTION_ROW]), statistics, prompts)
 
 
 def with_near_duplicates(reference: Items, arrivals: Items) -> tuple[Items, Items]:

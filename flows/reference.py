@@ -22,8 +22,7 @@ from cluster.errors import RegistryError, StorageError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
 from components import dataset as versions
 from components.dataset import DUPLICATE, TEST, TRAIN, VALIDATION, DatasetVersion
-from components.drift_items import Captioned, flags, item_table, make_items, word_counts
-from components.drift_streams import Items
+from components.drift_items import Captioned, flags, item_table, word_counts
 from components.errors import DataError, InputError
 from components.images import TRUNCATED, ZERO_BYTES
 from components.reservoir import Reservoir, add, key_of
@@ -41,7 +40,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Reference:
-    """A pinned reference; `items` reads it."""
+    """A pinned reference; `read` gives its content."""
 
     version: int
     dataset: str
@@ -67,10 +66,9 @@ class Reference:
         items, words = (pq.read_table(io.BytesIO(self._checked(name))) for name in self.files)
         return items, dict(zip(words["word"].to_pylist(), words["captions"].to_pylist(), strict=True))
 
-    def items(self) -> Items:
-        """Return the reference's side of a comparison."""
-        table, known = self.read()
-        return make_items(table, self.encoder, known, flags(self.rejected, self.candidates, max(self.size, 1000), SEED))
+    def rejected_flags(self) -> Any:
+        """1 or 0 for each candidate of the champion's data, or for a sample of a thousand or more of them."""
+        return flags(self.rejected, self.candidates, max(self.size, 1000), SEED)
 
     def _checked(self, name: str) -> bytes:
         path = self.directory / name
