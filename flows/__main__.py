@@ -184,6 +184,12 @@ def history(shared: Shared) -> None:
 
 
 @verb
+def monitor(shared: Shared) -> None:
+    """Say whether arrivals or served prompts have drifted from what the champion knows; report with pictures."""
+    shared.run("monitor", lambda flow, config: flow.run(config, wait=True))
+
+
+@verb
 def serve(
     shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
