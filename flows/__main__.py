@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.console import say
+from flows.console import explain, say
 
 app = typer.Typer(
     name="fresco",
@@ -46,22 +45,8 @@ def main() -> None:
         error.show()
         code = 2
     except Exception as error:  # the one place where a verb's errors end
-        code = _explain(error)
+        code = explain(error)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _explain(error: Exception) -> int:
-    """Print one message for an error made on purpose, the whole trace for a bug; return the exit code."""
-    code = getattr(type(error), "exit_code", None)
-    if code is None and ("no space left" in str(error).lower() or "disk is full" in str(error).lower()):
-        say(f"\nerror: the disk is full: {error}\nfree some space or choose another --workspace, then run it again")
-        return 1
-    if code is None:
-        traceback.print_exception(error)
-        say("\nerror: this is a bug in Fresco; please report it with the trace above")
-        return 1
-    say(f"\nerror: {error}")
-    return int(code)
 
 
 def _keep_stdout_clean() -> int:
@@ -199,6 +184,12 @@ def history(shared: Shared) -> None:
 
 
 @verb
+def monitor(shared: Shared) -> None:
+    """Say whether arrivals or served prompts have drifted from what the champion knows; report with pictures."""
+    shared.run("monitor", lambda flow, config: flow.run(config, wait=True))
+
+
+@verb
 def serve(
     shared: Shared,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the endpoint answers.")] = False,
@@ -266,6 +257,32 @@ def verify(
 ) -> None:
     """Say whether FILE was drawn by this workspace's endpoint and is unchanged since."""
     shared.run("verify", lambda flow, config: flow.run(config, file, key))
+
+
+@verb
+def retrain(
+    shared: Shared,
+    once: Annotated[bool, typer.Option("--once", help="One decision, and its cycle; for cron and the like.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="A trigger by hand, now.")] = False,
+) -> None:
+    """The standing loop: look at what arrives, decide, retrain, promote, swap, roll back; safe to kill."""
+    shared.run("retrain", lambda flow, config: flow.run(config, once, force))
+
+
+@verb
+def trace(
+    shared: Shared,
+    file: Annotated[str, typer.Argument(help="A picture that the endpoint drew: PNG, JPEG or WebP.")],
+    key: Annotated[str | None, typer.Option("--key", help="Public key to trust; default: the workspace's.")] = None,
+) -> None:
+    """Tell where FILE comes from: request, model version, decision, run, dataset version, arrivals."""
+    shared.run("trace", lambda flow, config: flow.run(config, file, key))
+
+
+@verb
+def timeline(shared: Shared) -> None:
+    """Write a page with the whole story: data, drift, triggers, cycles, decisions, who served when."""
+    shared.run("timeline", lambda flow, config: flow.run(config))
 
 
 @verb

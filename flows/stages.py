@@ -1,0 +1,220 @@
+"""What each stage of a cycle does: snapshot, prepare, search, train, evaluate, gate, deploy, watch.
+
+A stage is a function of the desk (config, ledger, what the stages before returned) that returns JSON. Done twice it
+finds what it made: by the frozen arrivals, by fingerprints of datasets, recipes and evaluations, by the journal's line
+of the gate. One that returns `ends` ends the cycle with that decision; `reasons` then say why.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.artifacts import Workspace, read_journal, read_record
+from cluster.champion import PROMOTE
+from cluster.errors import RegistryError
+from cluster.registry import Registry
+from cluster.serving import READY_LIMIT_S
+from components.dataset import DatasetVersion
+from flows import evaluate, grow, prepare, promote, snapshot, train, tune
+from flows.config import Config, with_overrides
+from flows.console import say
+from flows.dataset_versions import named_version
+from flows.findings import look_at_source, new_images, parent_of
+from flows.ledger import Cycle, Ledger
+from flows.models import ResolvedModel, resolve_model
+from flows.serve import endpoint_of
+
+REFUSED, ROLL_BACK = "refused", "roll_back"
+POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a stage works with."""
+
+    config: Config
+    ledger: Ledger
+    cycle: Cycle
+
+    @property
+    def workspace(self) -> Workspace:
+        return self.ledger.workspace
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.workspace, self.config.placement.tracking_uri)
+
+    @property
+    def first(self) -> bool:
+        """Whether this cycle makes the first champion."""
+        return self.cycle.champion_before is None
+
+    def result(self, stage: str) -> dict[str, Any]:
+        return self.cycle.stages[stage]
+
+    def champion(self) -> ResolvedModel:
+        """The champion that this cycle began with."""
+        return resolve_model(self.config, f"models:/{self.config.name}/{self.cycle.champion_before}")
+
+    def dataset(self) -> DatasetVersion:
+        return named_version(self.workspace, self.result("prepare")["dataset"])[0]
+
+
+def take_snapshot(desk: Desk) -> dict[str, Any]:
+    """Freeze what arrived; a first champion is made from what the source holds when `prepare` reads it."""
+    if desk.first:
+        return {"parent": None, "new": 0}
+    number = desk.cycle.champion_before or 0
+    parent = parent_of(desk.config, desk.workspace, desk.registry.by_number(desk.config.name, number))
+    found = look_at_source(desk.config, desk.ledger, parent, patient=False)
+    if found is None:
+        return {"parent": parent.id, "new": 0}
+    desk.ledger.confirm()
+    snapshot.freeze(desk.workspace, desk.cycle.id, found)
+    return {"parent": parent.id, "new": new_images(found), "counts": found.counts, "source": found.cursor["source"]}
+
+
+def prepare_version(desk: Desk) -> dict[str, Any]:
+    """Grow the champion's dataset by the frozen arrivals, or make the first version."""
+    if desk.first:
+        dataset = prepare.ensure_dataset(desk.config)
+        return {"dataset": dataset.id, "images": len(dataset.items), "added": len(dataset.items)}
+    parent, _ = named_version(desk.workspace, desk.result("snapshot")["parent"])
+    found = desk.result("snapshot")["new"]
+    dataset = grow.grow(desk.config, parent, snapshot.thaw(desk.workspace, desk.cycle.id)) if found else parent
+    added = len(dataset.items) - len(parent.items)
+    numbers = {"dataset": dataset.id, "images": len(dataset.items), "added": added}
+    if not added:
+        told = f"none of {found} arrivals is a picture that {parent.id} lacks" if found else "nothing arrived"
+        return {**numbers, "ends": REFUSED, "reasons": [f"nothing to learn from: {told}"]}
+    return numbers
+
+
+def search_recipe(desk: Desk) -> dict[str, Any]:
+    """Search the recipe where it is due; what was found is used by this training and those after it."""
+    state, every = desk.ledger.state, desk.config.retrain.search_every
+    due = every > 0 and (not state.searched or desk.cycle.turn - state.searched >= every)
+    if not due:
+        why = "not asked for" if not every else f"last searched in turn {state.searched}, every {every} turns"
+        return {"searched": False, "why": why}
+    desk.ledger.confirm()
+    found = tune.run(run_config(desk, recipe={}))
+    overrides = found["best"]["overrides"]
+    state.recipe, state.searched = overrides, desk.cycle.turn
+    seconds = found["seconds"] if found["steps"] else 0.0
+    desk.ledger.spend(desk.cycle.id, "search", found["steps"], gpu_hours(desk.config, seconds))
+    keys = ("run_id", "eval_loss")
+    best = {key: found["best"][key] for key in keys}
+    return {"searched": True, "overrides": overrides, **best, "steps": found["steps"], "report": found["report"]}
+
+
+def train_run(desk: Desk) -> dict[str, Any]:
+    """Train, going on where a killed run stopped; an attempt that was refused before is not made again."""
+    config = run_config(desk, desk.ledger.state.recipe)
+    run_id = train.open_inputs(config).run_id(config)
+    for attempt in desk.ledger.state.refused:
+        if attempt["run_id"] == run_id:
+            why = f"the same recipe and data were refused in {attempt['cycle']}: {attempt['reasons'][0]}"
+            return {"run_id": run_id, "repeated": True, "ends": REFUSED, "reasons": [why]}
+    desk.cycle.run_id = run_id
+    known = read_record(desk.workspace.run_dir(run_id)) is not None
+    if not known:
+        desk.ledger.spend(desk.cycle.id, "train", config.train.steps, 0.0)  # also owed when we do not live to see it
+    desk.ledger.save()
+    began = time.monotonic()
+    result = train.run(config)
+    if not known:
+        hours = gpu_hours(config, time.monotonic() - began)
+        desk.ledger.spend(desk.cycle.id, "train", result["steps"], hours)
+    keys = ("run_id", "steps", "eval_loss_first", "eval_loss_last", "images_per_s")
+    facts = {"base": config.model.base or "embedded", "learning_rate": config.train.learning_rate.model_dump()}
+    return {**{key: result.get(key) for key in keys}, **facts}
+
+
+def run_config(desk: Desk, recipe: dict[str, Any]) -> Config:
+    """Return the config of this cycle's training, with the recipe that a search found."""
+    config = with_overrides(desk.config, recipe)
+    dataset = desk.dataset()
+    if desk.first:
+        return with_overrides(config, {"data.version": dataset.id})
+    return with_overrides(config, {"data.version": dataset.id, "model.base": str(desk.champion().directory)})
+
+
+def gpu_hours(config: Config, seconds: float) -> float:
+    return seconds / 3600 * config.placement.workers * config.placement.gpus_per_worker
+
+
+def evaluate_run(desk: Desk) -> dict[str, Any]:
+    """Measure the run beside the champion; the gate finds it done."""
+    against = ""
+    run_id = desk.result("train")["run_id"]
+    if not desk.first:
+        try:
+            champion = desk.champion()
+            same = champion.fingerprint == resolve_model(desk.config, run_id).fingerprint
+            against = "" if same else f"models:/{desk.config.name}/{desk.cycle.champion_before}"
+        except RegistryError as error:
+            say(f"no comparison with the champion: {error}")
+    found = evaluate.run(desk.config, run_id, against=against)
+    numbers = {metric: card["value"] for metric, card in found["scorecard"].items() if "_slice_" not in metric}
+    return {"scorecard": numbers, "against": found["against"], "report": found["report"]}
+
+
+def pass_gate(desk: Desk) -> dict[str, Any]:
+    """Let the gate decide, once: what the journal says of this run in this cycle is its decision."""
+    run_id = desk.result("train")["run_id"]
+    line = gate_line(desk, run_id)
+    if line is None or not refused(line):
+        desk.ledger.confirm()
+        promote.run(desk.config, run_id)  # of a run that is champion already it only completes what a crash left out
+        line = gate_line(desk, run_id) or {}
+    keys = ("decision", "version", "reasons", "report")
+    numbers = {key: line.get(key) for key in keys}
+    return {**numbers, "ends": REFUSED} if refused(line) else numbers
+
+
+def refused(line: dict[str, Any]) -> bool:
+    return line.get("decision") != "promote"
+
+
+def gate_line(desk: Desk, run_id: str) -> dict[str, Any] | None:
+    """Find the gate's line about a run since this cycle began."""
+    since: list[dict[str, Any]] = []
+    for line in read_journal(desk.workspace):
+        if line["event"] == "trigger" and line.get("cycle") == desk.cycle.id:
+            since = []
+        since.append(line)
+    own = [line for line in since if line["event"] == PROMOTE and line.get("name") == desk.config.name]
+    found = [line for line in own if line.get("run_id") == run_id and "decision" in line]
+    return found[-1] if found else None
+
+
+def deploy(desk: Desk) -> dict[str, Any]:
+    """Wait until the running endpoint draws with the new version; it follows the registry by itself."""
+    number, began = desk.result("gate")["version"], time.monotonic()
+    told = False
+    while (running := endpoint_of(desk.workspace)) is not None:
+        if running["model_version"] == number:
+            return {"url": running["url"], "model_version": number}
+        waited = time.monotonic() - began
+        if waited > READY_LIMIT_S:
+            why = f"the endpoint did not draw with version {number} within {READY_LIMIT_S:.0f} s; its log says why"
+            return {"url": running["url"], "model_version": running["model_version"], "watch": ROLL_BACK, "why": why}
+        if not told:
+            say(f"waiting at most {READY_LIMIT_S:.0f} s until {running['url']} draws with version {number}")
+            told = True
+        time.sleep(POLL_S)
+    say("no endpoint runs: the new champion serves when one is started")
+    return {"url": None, "model_version": None, "why": "no endpoint runs"}
+
+
+STAGES = {
+    "snapshot": take_snapshot,
+    "prepare": prepare_version,
+    "search": search_recipe,
+    "train": train_run,
+    "evaluate": evaluate_run,
+    "gate": pass_gate,
+    "deploy": deploy,
+}
+NEED_RAY = ("prepare", "search", "train", "evaluate", "gate")
