@@ -3,7 +3,8 @@
 The embedded base has learned one world of drawn emblems and begins as the champion. The demo searches for the recipe
 that best teaches it another (outlined hearts and stars in new colours), lets the gate measure the winner and decide
 whether it replaces the base, serves the champion, and asks the endpoint for pictures. Then the base draws the same
-prompts with the same seeds, and both go into one picture.
+prompts with the same seeds, and both go into one picture. In the second act the world drifts again, and the standing
+loop keeps up (`demo_drift.py`). The pictures lie in a folder, as a user's would.
 """
 
 import time
@@ -17,9 +18,11 @@ from cluster.artifacts import open_workspace
 from cluster.session import local_session
 from components.models import embedded_base
 from components.report import draw_grid
-from flows import generate, prepare, promote, serve, tune
-from flows.config import Config
+from components.sources import EMBLEMS_SCHEME, EmblemSource, parse_emblems
+from flows import demo_drift, generate, prepare, promote, serve, tune
+from flows.config import Config, with_overrides
 from flows.console import program, say, step
+from flows.demo_worlds import write_world
 
 PROMPTS = (
     "an outline of a large crimson heart on a mint background",
@@ -38,6 +41,7 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
     """Run the story; `stop` ends the endpoint afterwards, otherwise it goes on answering."""
     workspace = open_workspace(config.workspace)
     stages: list[dict[str, Any]] = []
+    world = parse_emblems(config.data.source) if config.data.source.startswith(EMBLEMS_SCHEME) else None
 
     @contextmanager
     def stage(name: str, told: str) -> Iterator[None]:
@@ -48,6 +52,8 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
 
     with local_session(config.placement):
         with stage("prepare", "draw, validate, split and encode captioned pictures of a world the base never saw"):
+            if world is not None:
+                config = _into_folder(config, world)
             prepare.run(config)
         with stage("champion", "make the base the first champion: what comes has to beat it"):
             promote.run(config, str(embedded_base()))
@@ -64,10 +70,15 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
         before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
         grid = folder / "before-after.png"
         _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
-    if stop:
-        serve.run(config, stop=True)
+    second: dict[str, Any] | None = None
+    try:
+        if world is not None:
+            second = demo_drift.drift(config, world.world, promoted["champion"], served["url"], stage)
+    finally:
+        if stop:
+            serve.run(config, stop=True)
     found = {
-        "champion": promoted["champion"],
+        "champion": second["champion"] if second else promoted["champion"],
         "decision": promoted["decision"],
         "url": served["url"],
         "pictures": [*after["files"], *before["files"]],
@@ -75,6 +86,7 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
         "search_report": tuned["report"],
         "report": promoted["evaluation"],
         "decision_report": promoted["report"],
+        "drift": second,
         "stages": stages,
     }
     _farewell(config, found, promoted["scorecard"], stop)
@@ -84,7 +96,15 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
 def plan(config: Config) -> list[str]:
     """Return the steps of the story; touches nothing."""
     rest = "promote the winner if the gate lets it through, serve --detach, generate 8 prompts"
-    return [*prepare.plan(config), "promote the base as the first champion", *tune.plan(config), rest]
+    steps = [*prepare.plan(config), "promote the base as the first champion", *tune.plan(config), rest]
+    return [*steps, *(demo_drift.plan() if config.data.source.startswith(EMBLEMS_SCHEME) else [])]
+
+
+def _into_folder(config: Config, world: EmblemSource) -> Config:
+    """Write the world's pictures where more can arrive; returns the config that reads them from there."""
+    folder = open_workspace(config.workspace).root / "incoming"
+    say(f"{write_world(folder, world)} pictures with captions written to {folder}")
+    return with_overrides(config, {"data.source": str(folder)})
 
 
 def _draw_pairs(before: Sequence[str], after: Sequence[str], name: str) -> Image.Image:
@@ -109,7 +129,9 @@ def _farewell(config: Config, found: dict[str, Any], scorecard: dict[str, Any], 
     say(f"the search:       {found['search_report']}")
     say(f"the comparison:   {found['report']}")
     say(f"the decision:     {found['decision_report']}")
-    say(f"champion:         models:/{config.name}/{found['champion']} ({found['decision']})")
+    if found["drift"]:
+        demo_drift.tell(found["drift"])
+    say(f"champion:         models:/{config.name}/{found['champion']}")
     if stopped:
         say(f"playground:       {url} (ended with the story)")
         say(f"next, to open it: {program()} serve --detach{where}, or in the repository: make demo KEEP=1")

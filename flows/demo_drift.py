@@ -1,0 +1,112 @@
+"""The demo's second act: the world drifts, and the standing loop keeps up while a client goes on asking.
+
+Pictures of a new world (another shape, another palette) arrive in the folder that the champion's data came from. The
+monitor says that they have drifted, the loop grows the data, continues the champion with replay of what it knows, lets
+the gate decide, and the endpoint swaps. Before and after, both worlds' words are asked for with the same seeds.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import open_workspace
+from cluster.errors import EndpointError
+from components.sources import EmblemSource
+from flows import generate, monitor, retrain, timeline
+from flows.config import Config, with_overrides
+from flows.console import say
+from flows.demo_client import Client
+from flows.demo_worlds import adherence, captions_of, write_world
+
+NEW_WORLD = "village"
+PROMPTS = (
+    "a large outlined coral house on a cream background",
+    "three small outlined cobalt houses on a glacier background",
+    "a large outlined plum heart in the top left on a cream background",
+    "two big outlined pine houses on a glacier background",
+)
+NUM_ARRIVALS = 500
+PROBES = 160
+"""Captions of each world that both champions are asked for."""
+LOOP = {
+    # The demo's files are whole when the monitor looks, and nobody wants to wait for the next night.
+    "monitor.settle_s": 0.0,
+    "retrain.cooldown_s": 0.0,
+    "retrain.watch_s": 20.0,
+    "retrain.steps": 400,
+    "retrain.replay_fraction": 0.5,
+    "retrain.most_replay_fraction": 0.5,
+}
+Stage = Callable[[str, str], AbstractContextManager[None]]
+
+
+def drift(config: Config, old_world: str, champion: int, url: str, stage: Stage) -> dict[str, Any]:
+    """Let the world drift and the loop answer; `champion` serves at `url`, its words are those of `old_world`.
+
+    EndpointError when a single request of the client failed.
+    """
+    config = with_overrides(config, LOOP)
+    folder, probes = Path(config.data.source), min(PROBES, NUM_ARRIVALS)
+    worlds = {"new": NEW_WORLD, "old": old_world}
+    with stage("drift", f"{NUM_ARRIVALS} pictures with another shape and other colours arrive; the monitor looks"):
+        write_world(folder, EmblemSource(NEW_WORLD, NUM_ARRIVALS, seed=2))
+        seen = monitor.run(config)
+    told = "the loop: grow the data, continue the champion with replay, gate, swap, watch"
+    with Client(url, captions_of(old_world, 50)) as client, stage("retrain", told):
+        cycle = retrain.run(config, once=True)
+    after = cycle["champion_after"]
+    with stage("words", f"ask champions {champion} and {after} for {probes} captions of either world"):
+        words = {
+            name: {
+                when: adherence(config, f"models:/{config.name}/{version}", world, probes)
+                for when, version in (("before", champion), ("after", after))
+            }
+            for name, world in worlds.items()
+        }
+        pictures = open_workspace(config.workspace).root / "pictures"
+        drawn = generate.run(config, PROMPTS, str(pictures / "drifted"), generate.Wish(seed=7))
+        story = timeline.run(config)
+    found = {
+        "verdict": seen["verdict"],
+        "monitor_report": seen["report"],
+        "cycle": {key: cycle[key] for key in ("cycle", "decision", "reasons")},
+        "champion": after,
+        "client": client.numbers,
+        "words": {name: {when: vars(one) for when, one in pair.items()} for name, pair in words.items()},
+        "pictures": drawn["files"],
+        "timeline": story["report"],
+    }
+    if client.failures:
+        raise EndpointError(
+            f"the client expected every one of {client.requests} requests to be answered, found {len(client.failures)}"
+            f" failed, the first with: {client.failures[0]}"
+        )
+    return found
+
+
+def plan() -> list[str]:
+    """Return the steps of the act."""
+    return [
+        f"write {NUM_ARRIVALS} pictures of the world {NEW_WORLD} into the folder; monitor",
+        "retrain --once while a client keeps asking",
+        f"ask both champions for {PROBES} captions of either world; timeline",
+    ]
+
+
+def tell(found: dict[str, Any]) -> None:
+    """Say what the act came to."""
+    for name, pair in found["words"].items():
+        before, after = pair["before"], pair["after"]
+        say(
+            f"{name} words shown:  {before['value']:.0%} before, {after['value']:.0%} after"
+            f" ({after['low']:.0%} to {after['high']:.0%}, {after['n']} pictures)"
+        )
+    client = found["client"]
+    say(
+        f"the client:       {client['requests']} requests while the model changed, {client['failed']} failed, the"
+        f" longest took {client['longest_s']:.1f} s; drawn by version: "
+        + ", ".join(f"{count} by {version}" for version, count in client["by_version"].items())
+    )
+    say(f"the drift:        {found['monitor_report']}")
+    say(f"the timeline:     {found['timeline']}")
