@@ -12,6 +12,7 @@ from components import schedule
 from components.standing import RetrainSection
 
 RETRAIN, WAIT = "retrain", "wait"
+DRIFTED = "drift"
 FIRST, SCHEDULE, NEW_IMAGES, DRIFT, DECAY, MANUAL = "first_start", "schedule", "new_images", "drift", "decay", "manual"
 NOTHING_NEW, REFUSED, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
     "nothing_new",
@@ -41,6 +42,7 @@ class Drift:
     effect: float = 0.0
     """0 to 1, of the stream that drifted most."""
     reasons: tuple[str, ...] = ()
+    report: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,10 @@ def _drift(drift: Drift | None) -> tuple[bool, Reason]:
     if drift is None:
         return False, Reason(DRIFT, "the monitor was not asked")
     told = f": {'; '.join(drift.reasons)}" if drift.reasons else ""
-    return drift.verdict == "drift", Reason(
-        DRIFT, f"the monitor says {drift.verdict}{told}", {"verdict": drift.verdict, "effect": drift.effect}
+    return drift.verdict == DRIFTED, Reason(
+        DRIFT,
+        f"the monitor says {drift.verdict}{told}",
+        {"verdict": drift.verdict, "effect": drift.effect, "report": drift.report},
     )
 
 
@@ -204,11 +208,12 @@ def _holds(evidence: Evidence, section: RetrainSection, spoken: set[str]) -> lis
         text = f"all {evidence.new_images} new pictures were in an attempt that was refused"
         held.append(Reason(REFUSED, text, {"new": evidence.new_images}))
     if not by_hand:
-        held += _cooldown(evidence, section.cooldown_s)
+        held += cooldown(evidence, section.cooldown_s)
     return held + _budget(evidence, section)
 
 
-def _cooldown(evidence: Evidence, cooldown_s: float) -> list[Reason]:
+def cooldown(evidence: Evidence, cooldown_s: float) -> list[Reason]:
+    """The cool-down as what holds a retraining back; empty where it is over."""
     if evidence.last_ended is None:
         return []
     passed = max(0.0, evidence.now - evidence.last_ended)  # a clock may have been set back

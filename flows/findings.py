@@ -12,14 +12,14 @@ from typing import Any
 from cluster import storage
 from cluster.artifacts import Workspace, read_journal, read_record
 from cluster.champion import reigns
-from cluster.errors import StorageError
+from cluster.errors import RegistryError, StorageError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
 from components import arrivals as rules
 from components.arrivals import Arrivals
 from components.dataset import DatasetVersion, load_dataset
 from components.errors import DataError, InputError
 from components.sources import EMBLEMS_SCHEME
-from components.triggers import WEEK_S, Evidence
+from components.triggers import DRIFTED, WEEK_S, Drift, Evidence, cooldown
 from flows import arrivals, snapshot
 from flows.config import Config
 from flows.console import say
@@ -69,7 +69,22 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
         return Findings(evidence, champion, parent, None, request=request)
     refused = sum(one.pictures for one in seen.new if snapshot.key_of(one) in had)
     evidence = replace(evidence, new_images=new_images(seen), refused_images=refused)
-    return Findings(evidence, champion, parent, seen, request=request)
+    if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
+        return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
+    drift = measure_drift(config) if config.retrain.on_drift else None
+    return Findings(replace(evidence, drift=drift), champion, parent, seen, drift.effect if drift else 0.0, request)
+
+
+def measure_drift(config: Config) -> Drift:
+    """Ask the monitor; what it cannot say now is said in its place, and is no reason to train."""
+    from flows import monitor
+
+    try:
+        found = monitor.run(config)
+    except (InputError, DataError, RegistryError) as error:
+        return Drift("not_enough_data", 0.0, (str(error),))
+    effect = float(found["drift"]) if found["verdict"] == DRIFTED else 0.0
+    return Drift(found["verdict"], effect, tuple(found["reasons"]), str(found["report"] or ""))
 
 
 def settle_clock(state: State, now: float) -> None:

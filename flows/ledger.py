@@ -84,10 +84,12 @@ class Ledger:
     def tell(self, event: str, key: Mapping[str, Any], **numbers: Any) -> dict[str, Any]:
         """Journal a line unless one with this event and key is there; return it, as it is there."""
         found = self.told(event, key)
-        if found is not None:
-            return found
+        return found if found is not None else self.add(event, **key, **numbers)
+
+    def add(self, event: str, **numbers: Any) -> dict[str, Any]:
+        """Journal a line and notify of it."""
         self.confirm()
-        line = append_journal(self.workspace, event, **key, **numbers)
+        line = append_journal(self.workspace, event, **numbers)
         self._notify(line)
         return line
 

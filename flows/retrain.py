@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster import storage
-from cluster.artifacts import Workspace, append_journal, open_workspace
+from cluster import notify, storage
+from cluster.artifacts import Workspace, open_workspace
 from cluster.champion import settle
 from cluster.errors import LeaseLostError, PlacementError, StorageError, TrackingError
 from cluster.lease import Lease, describe, hold_lease, read_lease
@@ -30,6 +30,8 @@ from flows.console import program, say
 from flows.ledger import Ledger, asked_uri, lease_place
 
 OWNER = "fresco retrain"
+TOLD = ("trigger", "cycle")
+"""Lines that webhook and command hear of."""
 ONCE_WAIT_S = 5.0
 POLL_S = 1.0
 AWAY = (StorageError, TrackingError, PlacementError)
@@ -42,6 +44,7 @@ def run(config: Config, once: bool = False, force: bool = False) -> dict[str, An
     LeaseLostError when another loop took over while this process did not answer.
     """
     check_placement(config.placement)
+    notify.check(config.retrain)
     workspace = open_workspace(config.workspace)
     with _ended_by_signals():
         try:
@@ -83,14 +86,14 @@ def _hold_and_work(config: Config, workspace: Workspace, once: bool, force: bool
     place, section = lease_place(workspace), config.retrain
     wait_s = ONCE_WAIT_S if once else math.inf
 
-    def notify(_: str) -> None:
+    def tell(_: str) -> None:
         holder = read_lease(place)
         say(f"another loop works here: {describe(holder) if holder else 'its heartbeat is watched'}; waiting")
 
     while True:
         try:
-            with hold_lease(place, OWNER, section.lease_ttl_s, wait_s, notify) as confirm, _guarded(confirm, section):
-                return _work(config, Ledger(workspace, confirm), once, force)
+            with hold_lease(place, OWNER, section.lease_ttl_s, wait_s, tell) as confirm, _guarded(confirm, section):
+                return _work(config, Ledger(workspace, confirm, _teller(config)), once, force)
         except LeaseLostError:
             raise
         except StorageError as error:
@@ -153,8 +156,7 @@ def _wait(config: Config, ledger: Ledger, found: findings.Findings, decision: De
     ledger.save()
     if new or always:
         say("\n".join(decision.reasons))
-        ledger.confirm()
-        append_journal(ledger.workspace, "trigger", decision=WAIT, **trigger, numbers=decision.numbers)
+        ledger.add("trigger", decision=WAIT, **trigger, numbers=decision.numbers)
     facts: dict[str, Any] = {"champion_before": champion, "champion_after": champion, "stages": []}
     dataset = found.parent.id if found.parent else None
     return _result(WAIT, trigger, {**facts, "dataset": dataset})
@@ -176,6 +178,17 @@ def _sleep(config: Config, ledger: Ledger) -> None:
         time.sleep(min(POLL_S, config.retrain.look_every_s))
         if findings.asked(ledger.workspace) not in ("", ledger.state.heeded):
             return
+
+
+def _teller(config: Config) -> Callable[[dict[str, Any]], None]:
+    """Return what tells webhook and command of a new line about decisions; what goes wrong there is only said."""
+
+    def tell(line: dict[str, Any]) -> None:
+        if line["event"] in TOLD:
+            for problem in notify.send(config.retrain, notify.message_of(line, config.workspace)):
+                say(f"notification: {problem}")
+
+    return tell
 
 
 def _ask(workspace: Workspace) -> str:

@@ -18,6 +18,7 @@ from components.dataset import DatasetVersion
 from flows import evaluate, grow, prepare, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
+from flows.continual import continued
 from flows.dataset_versions import named_version
 from flows.findings import look_at_source, new_images, parent_of
 from flows.ledger import Cycle, Ledger
@@ -127,8 +128,9 @@ def train_run(desk: Desk) -> dict[str, Any]:
         hours = gpu_hours(config, time.monotonic() - began)
         desk.ledger.spend(desk.cycle.id, "train", result["steps"], hours)
     keys = ("run_id", "steps", "eval_loss_first", "eval_loss_last", "images_per_s")
-    facts = {"base": config.model.base or "embedded", "learning_rate": config.train.learning_rate.model_dump()}
-    return {**{key: result.get(key) for key in keys}, **facts}
+    facts = {"base": config.model.base or "embedded", "anchor": not desk.first and not config.train.replay_of}
+    replay = {"replay_fraction": config.train.replay_fraction, "drift": desk.cycle.drift}
+    return {**{key: result.get(key) for key in keys}, **facts, **replay}
 
 
 def run_config(desk: Desk, recipe: dict[str, Any]) -> Config:
@@ -137,7 +139,8 @@ def run_config(desk: Desk, recipe: dict[str, Any]) -> Config:
     dataset = desk.dataset()
     if desk.first:
         return with_overrides(config, {"data.version": dataset.id})
-    return with_overrides(config, {"data.version": dataset.id, "model.base": str(desk.champion().directory)})
+    parent, _ = named_version(desk.workspace, desk.result("snapshot")["parent"])
+    return continued(config, desk.champion(), parent, dataset, desk.cycle.drift, desk.cycle.turn)
 
 
 def gpu_hours(config: Config, seconds: float) -> float:

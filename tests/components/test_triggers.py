@@ -78,7 +78,7 @@ def test_all_triggers_that_speak_are_merged_with_their_numbers() -> None:
         "the champion's loss is 0.7500 on 60 arrivals and 0.5000 on its own test pictures: +50.0% (surely more than"
         " +40.0%), 10.0% is the limit",
     ]
-    assert decision.numbers["drift"] == {"verdict": "drift", "effect": 0.4}
+    assert decision.numbers["drift"] == {"verdict": "drift", "effect": 0.4, "report": ""}
     assert decision.numbers["schedule"]["ticks"] == 30
 
 
