@@ -73,7 +73,7 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
     second: dict[str, Any] | None = None
     try:
         if world is not None:
-            second = demo_drift.drift(config, world.world, promoted["champion"], served["url"], stage)
+            second = demo_drift.drift(config, world, promoted["champion"], served["url"], stage)
     finally:
         if stop:
             serve.run(config, stop=True)

@@ -26,34 +26,34 @@ PROMPTS = (
     "a large outlined plum heart in the top left on a cream background",
     "two big outlined pine houses on a glacier background",
 )
-NUM_ARRIVALS = 500
-PROBES = 160
-"""Captions of each world that both champions are asked for."""
+ARRIVALS = 0.4
+"""Pictures that arrive, as a share of those that the champion was made of."""
+PROBES = 2.5
+"""Captions of each world that both champions are asked for, as a multiple of evaluate.prompts."""
 LOOP = {
     # The demo's files are whole when the monitor looks, and nobody wants to wait for the next night.
     "monitor.settle_s": 0.0,
     "retrain.cooldown_s": 0.0,
     "retrain.watch_s": 20.0,
-    "retrain.steps": 400,
     "retrain.replay_fraction": 0.5,
     "retrain.most_replay_fraction": 0.5,
 }
 Stage = Callable[[str, str], AbstractContextManager[None]]
 
 
-def drift(config: Config, old_world: str, champion: int, url: str, stage: Stage) -> dict[str, Any]:
-    """Let the world drift and the loop answer; `champion` serves at `url`, its words are those of `old_world`.
+def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Stage) -> dict[str, Any]:
+    """Let the world drift and the loop answer; `champion` serves at `url`, what it knows is the world `old`.
 
     EndpointError when a single request of the client failed.
     """
     config = with_overrides(config, LOOP)
-    folder, probes = Path(config.data.source), min(PROBES, NUM_ARRIVALS)
-    worlds = {"new": NEW_WORLD, "old": old_world}
-    with stage("drift", f"{NUM_ARRIVALS} pictures with another shape and other colours arrive; the monitor looks"):
-        write_world(folder, EmblemSource(NEW_WORLD, NUM_ARRIVALS, seed=2))
+    folder, probes = Path(config.data.source), round(PROBES * config.evaluate.prompts)
+    arriving = EmblemSource(NEW_WORLD, round(ARRIVALS * old.count), seed=old.seed + 1)
+    with stage("drift", f"{arriving.count} pictures with another shape and other colours arrive; the monitor looks"):
+        write_world(folder, arriving)
         seen = monitor.run(config)
     told = "the loop: grow the data, continue the champion with replay, gate, swap, watch"
-    with Client(url, captions_of(old_world, 50)) as client, stage("retrain", told):
+    with Client(url, captions_of(old.world, 50)) as client, stage("retrain", told):
         cycle = retrain.run(config, once=True)
     after = cycle["champion_after"]
     with stage("words", f"ask champions {champion} and {after} for {probes} captions of either world"):
@@ -62,7 +62,7 @@ def drift(config: Config, old_world: str, champion: int, url: str, stage: Stage)
                 when: adherence(config, f"models:/{config.name}/{version}", world, probes)
                 for when, version in (("before", champion), ("after", after))
             }
-            for name, world in worlds.items()
+            for name, world in (("new", NEW_WORLD), ("old", old.world))
         }
         pictures = open_workspace(config.workspace).root / "pictures"
         drawn = generate.run(config, PROMPTS, str(pictures / "drifted"), generate.Wish(seed=7))
@@ -88,9 +88,9 @@ def drift(config: Config, old_world: str, champion: int, url: str, stage: Stage)
 def plan() -> list[str]:
     """Return the steps of the act."""
     return [
-        f"write {NUM_ARRIVALS} pictures of the world {NEW_WORLD} into the folder; monitor",
+        f"write pictures of the world {NEW_WORLD} into the folder, {ARRIVALS:.0%} of those that are there; monitor",
         "retrain --once while a client keeps asking",
-        f"ask both champions for {PROBES} captions of either world; timeline",
+        "ask both champions for the same captions of either world; timeline",
     ]
 
 

@@ -28,9 +28,9 @@ def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Pat
     found = demo.run(config, stop=True)
     registry = Registry(open_workspace(config.workspace))
     champion = registry.by_alias(config.name, CHAMPION)
-    assert champion is not None and champion.number == found["champion"] == (2 if found["decision"] == "promote" else 1)
-    assert [entry.number for entry in registry.versions(config.name)] == [1, 2], "the base, then the search's winner"
-    names = ["prepare", "champion", "tune", "promote", "serve", "generate"]
+    assert champion is not None and champion.number == found["champion"]
+    assert [entry.number for entry in registry.versions(config.name)] == [1, 2, 3], "base, search's winner, loop's run"
+    names = ["prepare", "champion", "tune", "promote", "serve", "generate", "drift", "retrain", "words"]
     assert [stage["name"] for stage in found["stages"]] == names and all(
         stage["seconds"] > 0 for stage in found["stages"]
     )
@@ -38,6 +38,17 @@ def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Pat
         assert told in Path(found[key]).read_text()
     assert len(found["pictures"]) == 16 and {size_of(path) for path in found["pictures"]} == {(64, 64)}
     assert size_of(found["grid"])[0] > 500
+    second = found["drift"]
+    assert second["verdict"] == "drift" and "house" in Path(second["monitor_report"]).read_text()
+    client = second["client"]
+    assert client["requests"] > 0 and client["failed"] == 0 and sum(client["by_version"].values()) == client["requests"]
+    assert (
+        second["champion"] == champion.number == (3 if second["cycle"]["decision"] == "promoted" else champion.number)
+    )
+    assert {name: set(pair) for name, pair in second["words"].items()} == dict.fromkeys(
+        ("new", "old"), {"before", "after"}
+    )
+    assert second["cycle"]["cycle"] in Path(second["timeline"]).read_text()
 
 
 def size_of(path: str) -> tuple[int, int]:
