@@ -188,6 +188,7 @@ class StepBatchEngine:
             self._end(accepted, Failed(accepted.request.request_id, InterruptedError("the engine was closed")))
         if self._thread is not None:
             self._thread.join()
+        self._loop.close()
         self._decode.close()
 
     def _run(self) -> None:
