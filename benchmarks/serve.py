@@ -67,9 +67,9 @@ class Size:
     latency_rounds: int = 2
     latency_s: float = 60.0
     idle_pairs: int = 60
-    memory_requests: int = 5000
+    memory_requests: int = 6500
     memory_warm_up: int = 1500
-    """Fresco keeps the text states of 1,024 prompts: until then memory grows on purpose."""
+    """Left out: Fresco keeps the text states of 1,024 prompts, and until then memory grows on purpose."""
     memory_every: int = 125
     memory_clients: int = 8
 
