@@ -135,7 +135,8 @@ class ServeSection(Section):
     drain_s: float = Field(60.0, gt=0)
     """A replica that is to end gets so long to finish what it draws."""
     threads: int = Field(0, ge=0)
-    """Threads of a replica that draws on a CPU; 0 takes the number that draws a first picture fastest."""
+    """Threads of a replica that draws on a CPU; 0: for each call of the denoiser the number that draws a first picture
+    fastest, and calls of many rows are cut into parts for the cores that are left."""
     otlp_endpoint: str = ""
     """OpenTelemetry collector that gets a trace of each request by OTLP/HTTP, such as http://HOST:4318; empty: none."""
     cpus_per_replica: float = Field(0.5, gt=0)
