@@ -4,7 +4,9 @@ The model comes as an importable factory and plain arguments; nothing here knows
 before anything starts. Serve's own limit is far above ours, so that a full endpoint is answered in OpenAI's shape.
 """
 
+import errno
 import logging
+import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,9 @@ APPLICATION, DEPLOYMENT = "fresco", "images"
 MOST_REQUESTS = 4096
 """Requests that Serve lets to a replica at a time: the engine refuses long before, and says when to come again."""
 READY_LIMIT_S = 300.0
+FREE_PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to outgoing connections, and above Ray's: a port is bound seconds after it was found."""
+TRIED_PORTS = 50
 POLL_S = 0.25
 TELL_S = 20.0
 """A replica without a model stays so long to say why."""
@@ -174,18 +179,27 @@ def _remove(application: str, shared: bool) -> None:
 
 def find_port(host: str, port: int) -> int:
     """Return `port`, or a free one for 0; PlacementError when it is taken or the host is not this machine's."""
-    try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with closing(socket.socket(address[0], socket.SOCK_STREAM)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address[4])
-            probe.listen(1)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise PlacementError(
-            f"serve.port expected to be free on serve.host, found {host}:{port} not usable: {error.strerror or error};"
-            " end what listens there, or choose another with --set serve.port=0 (0 takes a free one)"
-        ) from error
+    wanted = [port] if port else random.sample(FREE_PORTS, TRIED_PORTS)
+    while True:
+        try:
+            return _bound(host, wanted.pop())
+        except OSError as error:
+            if wanted and error.errno == errno.EADDRINUSE:
+                continue
+            raise PlacementError(
+                f"serve.port expected to be free on serve.host, found {host}:{port} not usable:"
+                f" {error.strerror or error}; end what listens there, or choose another with --set serve.port=0 (0"
+                " takes a free one)"
+            ) from error
+
+
+def _bound(host: str, port: int) -> int:
+    address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with closing(socket.socket(address[0], socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address[4])
+        probe.listen(1)
+        return int(probe.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
