@@ -167,7 +167,7 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
     try:
         step(f"starting the endpoint in process {child.pid}; its log is {log}")
         record = _wait_for_child(child, workspace, log, config.serve.ready_limit_s)
-    except BaseException:
+    except BaseException:  # who is interrupted must not leave it behind either
         child.terminate()
         child.wait(config.serve.drain_s + END_LIMIT_S)
         raise
