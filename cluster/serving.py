@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 APPLICATION, DEPLOYMENT = "fresco", "images"
 MOST_REQUESTS = 4096
 """Requests that Serve lets to a replica at a time: the engine refuses long before, and says when to come again."""
-READY_LIMIT_S = 300.0
 FREE_PORTS = range(20_000, 32_768)
 """Below those that Linux gives to outgoing connections, and above Ray's: a port is bound seconds after it was found."""
 TRIED_PORTS = 50
@@ -71,10 +70,11 @@ class ImagesReplica:
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
         context = serve.get_replica_context()
         names = (context.replica_id.unique_id, context.app_name)
-        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), *names)
+        limits = ServeSection(**settings)
+        self.desk = Desk(self.bridge, limits, source.name, Path(source.workspace), *names)
         self.load_report = LoadReport()
         # Serve deals requests to a replica from here on: one that still loads would refuse what another could draw.
-        self.bridge.wait_until_loaded(READY_LIMIT_S)
+        self.bridge.wait_until_loaded(limits.ready_limit_s)
         self._made = time.monotonic()
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
@@ -124,7 +124,7 @@ def endpoint(
             route = "" if application == APPLICATION else f"/{application}"
             _deploy(source, settings, port, application, route)
             url = url_of(settings.host, port) + route
-            wait_until_ready(url)
+            wait_until_ready(url, settings.ready_limit_s)
             yield url
         finally:
             _remove(application, shared)
@@ -220,7 +220,7 @@ def readiness(url: str) -> dict[str, Any] | None:
     return status if isinstance(status, dict) and "status" in status else None
 
 
-def wait_until_ready(url: str, limit_s: float = READY_LIMIT_S, notify: Callable[[str], None] | None = None) -> None:
+def wait_until_ready(url: str, limit_s: float, notify: Callable[[str], None] | None = None) -> None:
     """Wait for the first drawing; EndpointError with the model's own words when it fails, or past the limit."""
     start = time.monotonic()
     while True:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.signals import ended_by_signals
 from flows.console import say
 
 app = typer.Typer(
@@ -36,7 +37,8 @@ def main() -> None:
         # transformers imports DeepSpeed, which announces at every import that it looked for a GPU in vain.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        code = app(standalone_mode=False)
+        with ended_by_signals():
+            code = app(standalone_mode=False)
     except typer.Exit as done:
         code = done.exit_code
     except KeyboardInterrupt:

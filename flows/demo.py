@@ -56,16 +56,18 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
         best = tuned["best"]["run_id"]
         with stage("promote", "measure the winner beside the champion, and let the gate decide which one serves"):
             promoted = promote.run(config, best)
-    with stage("serve", "serve the champion over HTTP"):
-        served = serve.run(config, detach=True)
-    with stage("generate", "ask the endpoint for pictures, and the base for the same prompts and seeds"):
-        folder = workspace.root / "pictures"
-        after = generate.run(config, PROMPTS, str(folder / "champion"), generate.Wish(seed=SEED))
-        before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
-        grid = folder / "before-after.png"
-        _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
-    if stop:
-        serve.run(config, stop=True)
+    try:
+        with stage("serve", "serve the champion over HTTP"):
+            served = serve.run(config, detach=True)
+        with stage("generate", "ask the endpoint for pictures, and the base for the same prompts and seeds"):
+            folder = workspace.root / "pictures"
+            after = generate.run(config, PROMPTS, str(folder / "champion"), generate.Wish(seed=SEED))
+            before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
+            grid = folder / "before-after.png"
+            _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
+    finally:
+        if stop:  # also when this process is told to end
+            serve.run(config, stop=True)
     found = {
         "champion": promoted["champion"],
         "decision": promoted["decision"],

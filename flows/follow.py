@@ -1,7 +1,7 @@
 """Which models should the endpoint draw with? `fresco serve` asks the registry and writes it down; replicas read that.
 
 So the registry is asked by one process, and a replica that starts late finds the same answer. A replica loads what is
-written beside what it has; `endpoint.json` names a version once the endpoint says that it draws with it.
+written beside what it has, each at its own pace; `endpoint.json` names a version once all replicas draw with it.
 """
 
 import time
@@ -10,9 +10,11 @@ from typing import Any
 
 from cluster.artifacts import Workspace, read_json, write_json_atomic
 from cluster.errors import RegistryError, StorageError, TrackingError
+from cluster.metric_files import metrics_folder, versions_of_replicas
 from cluster.painter_loading import Follow
 from cluster.proxy_face import ASLEEP
 from cluster.registry import CHALLENGER, CHAMPION, Registry
+from cluster.serving import APPLICATION
 from components.errors import InputError
 from flows.config import Config
 from flows.console import say
@@ -23,6 +25,8 @@ RESOLVER = "flows.follow:read_wanted"
 ENDPOINT = "endpoint.json"
 LOOK_EVERY_S = 1.0
 """Between two looks of a replica at what is written."""
+TELL_AGAIN_S = 60.0
+"""A problem that was away for so long is told again."""
 
 
 def read_wanted(path: str) -> dict[str, Any] | None:
@@ -37,7 +41,7 @@ class Follower:
     def __init__(self, config: Config, workspace: Workspace, model: ResolvedModel) -> None:
         self._config, self._workspace = config, workspace
         self._registry = Registry(workspace, config.placement.tracking_uri)
-        self._told: list[str] = []
+        self._told: dict[str, float] = {}
         self._kept: int | None = None
         self.record: dict[str, Any] = {}
         self.arguments = self._write(model, None)
@@ -63,8 +67,7 @@ class Follower:
 
         A registry that is away, or a version whose weights changed, leaves everything as it is.
         """
-        # Whatever wakes from sleep loads what is written.
-        drawing = self._champion.version if status["status"] == ASLEEP else status["model_version"]
+        drawing = self._drawing(status)
         if status["status"] in ("ready", ASLEEP) and drawing != self.record["model_version"]:
             self.write_record(self.record["url"], self.record["pid"], drawing)
             say(f"{self.record['url']} serves version {drawing}; rows at work finish on the one before")
@@ -77,10 +80,25 @@ class Follower:
                 follow()
             except (RegistryError, TrackingError, StorageError, InputError, OSError) as error:
                 problems.append(str(error))
+        now = time.monotonic()
         for problem in filter(None, problems):
-            if problem not in self._told:
+            # `status` is of another replica each time, so what one has is not told at every look.
+            if now - self._told.get(problem, float("-inf")) > TELL_AGAIN_S:
                 say(f"the endpoint stays with version {self.record['model_version']}: {problem}")
-        self._told = problems
+            self._told[problem] = now
+        self._told = {problem: at for problem, at in self._told.items() if now - at <= TELL_AGAIN_S}
+
+    def _drawing(self, status: dict[str, Any]) -> int | None:
+        """Return the version that all replicas draw with, what is recorded while they differ."""
+        if status["status"] == ASLEEP:
+            return self._champion.version  # whatever wakes loads what is written
+        if self._config.serve.max_replicas == 1:
+            return status["model_version"]
+        found = versions_of_replicas(metrics_folder(self._workspace.root, APPLICATION))
+        if not found:  # nothing can be written there: the one that was asked is the only one known
+            return status["model_version"]
+        (one, *more) = found
+        return int(one) if not more and one.isdigit() else self.record["model_version"]
 
     def _follow_champion(self) -> None:
         champion = self._registry.by_alias(self._config.name, CHAMPION)

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,8 @@ from cluster.artifacts import Workspace, open_workspace, read_json, write_json_a
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.registry import CHAMPION, Registry, Version
-from cluster.serving import READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
+from cluster.serving import ModelSource, endpoint, find_port, readiness
+from cluster.signals import ended_by_signals
 from flows.config import Config
 from flows.console import program, say, step
 
@@ -50,7 +49,7 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
         return _result(running)
     if running is not None:
         say(f"{running['url']} serves version {running['model_version']} and follows the champion to {champion.uri}")
-        return _result(_wait_for_version(workspace, champion.number))
+        return _result(_wait_for_version(config, workspace, champion.number))
     find_port(config.serve.host, config.serve.port)
     if detach:
         return _result(_detach(config, workspace))
@@ -67,7 +66,7 @@ def make_key(config: Config, name: str) -> dict[str, Any]:
         )
     path = Path(config.serve.api_keys_file)
     key = new_key(path, name)
-    say(f"key {name!r}, shown once; {path} keeps its hash, and its rate limit and priority can be edited there:")
+    say(f"key {name!r}, shown once; {path} keeps its hash, and its rate limit (each replica's) and priority to edit:")
     say(f"  {key}")
     return {"name": name, "key": key, "file": str(path)}
 
@@ -112,14 +111,13 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
     from flows.models import resolve_model
     from flows.paint import FACTORY
 
-    with _ended_by_signals() as listen, hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
+    with ended_by_signals(), hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
         model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
-        say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
+        say(f"starting Ray and loading the model (ready within {config.serve.ready_limit_s:.0f} s)")
         follower = Follower(config, workspace, model)
         source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
         with endpoint(source, config.serve, config.placement) as url:
-            listen()
             _say_ready(follower.write_record(url, os.getpid(), model.version))
             try:
                 _watch(url, confirm, follower, config.serve.follow_s)
@@ -128,24 +126,6 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
             finally:
                 _remove_record(workspace, os.getpid())
     return follower.record
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[Any]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt too; yields a function that does so again (Ray sets its own)."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def listen() -> None:
-        for number in signals:
-            signal.signal(number, signal.default_int_handler)
-
-    listen()
-    try:
-        yield listen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(url: str, confirm: Any, follower: "Follower", every_s: float) -> None:
@@ -184,10 +164,10 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
-    step(f"starting the endpoint in process {child.pid}; its log is {log}")
     try:
-        record = _wait_for_child(child, workspace, log)
-    except BaseException:
+        step(f"starting the endpoint in process {child.pid}; its log is {log}")
+        record = _wait_for_child(child, workspace, log, config.serve.ready_limit_s)
+    except BaseException:  # who is interrupted must not leave it behind either
         child.terminate()
         child.wait(config.serve.drain_s + END_LIMIT_S)
         raise
@@ -197,7 +177,9 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
     return record
 
 
-def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log: Path) -> dict[str, Any]:
+def _wait_for_child(
+    child: "subprocess.Popen[bytes]", workspace: Workspace, log: Path, limit_s: float
+) -> dict[str, Any]:
     start = told = time.monotonic()
     while True:
         record = endpoint_of(workspace)
@@ -206,24 +188,25 @@ def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log:
         now = time.monotonic()
         if child.poll() is not None:
             raise EndpointError(f"endpoint expected to start, found it ended ({child.returncode}):\n{_tail(log)}")
-        if now - start > READY_LIMIT_S:
-            raise EndpointError(f"endpoint expected within {READY_LIMIT_S:.0f} s, found it not ready:\n{_tail(log)}")
+        if now - start > limit_s:
+            raise EndpointError(f"endpoint expected within {limit_s:.0f} s, found it not ready:\n{_tail(log)}")
         if now - told >= TELL_EVERY_S:
             told = now
             last = _tail(log, 1) or "starting"
-            say(f"waiting for the endpoint: {now - start:.0f} s of at most {READY_LIMIT_S:.0f} s: {last}")
+            say(f"waiting for the endpoint: {now - start:.0f} s of at most {limit_s:.0f} s: {last}")
         time.sleep(POLL_S)
 
 
-def _wait_for_version(workspace: Workspace, number: int) -> dict[str, Any]:
+def _wait_for_version(config: Config, workspace: Workspace, number: int) -> dict[str, Any]:
     """Wait until the running endpoint draws with a version; EndpointError past the limit, or when it ends."""
     start = time.monotonic()
+    limit_s = config.serve.ready_limit_s * config.serve.max_replicas  # they load one after the other
     while (record := endpoint_of(workspace)) is not None:
         if record["model_version"] == number:
             return record
-        if time.monotonic() - start > READY_LIMIT_S:
+        if time.monotonic() - start > limit_s:
             raise EndpointError(
-                f"endpoint expected to serve version {number} within {READY_LIMIT_S:.0f} s, found it still on version"
+                f"endpoint expected to serve version {number} within {limit_s:.0f} s, found it still on version"
                 f" {record['model_version']}; its terminal or serving/serve.log says why; fresco serve --stop ends it"
             )
         time.sleep(POLL_S)
