@@ -30,7 +30,7 @@ class Size:
     train_old: int = 1200
     train_new: int = 600
     test: int = 64
-    new_world: str = "shifted"
+    new_world: str = "village"
 
 
 QUICK = Size(seeds=1, steps=20, train_old=120, train_new=60, test=8)
