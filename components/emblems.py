@@ -90,7 +90,7 @@ WORLDS = {
     ),
     "village": World(
         colours={"coral": (240, 84, 60), "plum": (110, 16, 84), "cobalt": (20, 70, 190), "pine": (10, 90, 60)},
-        backgrounds={"ivory": (252, 246, 222), "aqua": (150, 226, 236)},
+        backgrounds={"cream": (252, 246, 222), "glacier": (150, 226, 236)},
         shapes=("house", "heart", "star"),
         outline=True,
     ),
