@@ -88,7 +88,7 @@ def test_parse_caption_reads_wording_by_hand(text, emblem):
         "a large red circle in the top on a white background",
         "two large red circles in the center on a white background",
         "a large teal circle on a white background",  # colour of one world, shape of the other
-        "a large teal heart on a mint background",  # that world has outlines only
+        "a large teal star on a mint background",  # that world has outlines only
         "a large outlined red circle on a white background",
     ],
 )
