@@ -82,9 +82,7 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
         data = ensure_encoded(config, inputs.dataset, inputs.base, with_text=not trains_text(config.train.freezing))
         plan_name = config.train.freezing
         if config.train.warmup_steps >= config.train.steps:
-            say(
-                f"note: warm-up takes all {config.train.steps} steps, the rate never reaches its peak (train.warmup_steps)"
-            )
+            say(f"note: train.warmup_steps={config.train.warmup_steps} is no less than train.steps: no peak, no fall")
         step(f"train: run {run_id} on {inputs.dataset.id}, plan {plan_name}, {config.train.steps} steps, {batch}")
         job = open_job(config, inputs, data)
         started = time.monotonic()
