@@ -1,11 +1,11 @@
 """What do replay, averaging and anchors buy when the world drifts? `make bench-replay`.
 
 Old is the world that the embedded base (the champion) was trained on, new has another shape and another palette. Each
-way of training takes the same steps, seeds and pictures, one run on each core: the plain loop below with Fresco's draws,
-replay, objective, averages and learning-rate schedule (no Ray: placement does not change a result). Every run is then
-measured on held-out pictures and captions of both worlds. Losses: mean over seeds, and half the width of Student's 95 %
-interval over them; from untrained weights so few steps lead nowhere, so one seed must do there. Adherence: share of
-pictures that show all their caption says, all seeds together, with Wilson's 95 % interval; a caption's pictures of
+way of training takes the same steps, seeds and pictures, one run on each core: the plain loop below with Fresco's own
+draws, replay, objective, averages and learning-rate schedule (no Ray: placement does not change a result). Every run is
+then measured on held-out pictures and captions of both worlds. Losses: mean over seeds, and half the width of Student's
+95 % interval over them; from untrained weights so few steps lead nowhere, so one seed must do there. Adherence: share
+of pictures that show all their caption says, all seeds together, with Wilson's 95 % interval; a caption's pictures of
 several seeds are not independent, so that interval is somewhat too narrow.
 """
 
