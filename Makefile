@@ -13,7 +13,7 @@ BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-drift bench-serve soak clean
+.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-drift bench-replay bench-serve soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ bench-gate: $(STAMP)  ## how often the gate promotes equal recipes, and finds be
 
 bench-drift: $(STAMP)  ## false alarms of years of daily looks, and power, of the drift monitor; PICTURES=folder for real ones
 	@$(BIN)/python -m benchmarks.drift $(if $(PICTURES),--pictures $(PICTURES))
+
+bench-replay: $(STAMP)  ## what replay, averaging and anchors buy when the world drifts; QUICK=1 only tries that it runs
+	@$(BIN)/python -m benchmarks.replay $(if $(QUICK),--quick)
 
 bench-serve: $(STAMP)  ## images/s, latency and memory of the endpoint beside diffusers' pipeline behind Ray Serve
 	@$(BIN)/python -m benchmarks.serve

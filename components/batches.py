@@ -20,6 +20,7 @@ from components.models import Parts, TextStates, family_named
 from components.noise import draws_at, sample_indexes
 from components.objective import Objective, loss_weights, noised, timesteps_of
 from components.recipe import TrainSection
+from components.replay import OldAndNew, replayed_indexes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class SplitData:
     keys: list[str]
     latents: LatentsTable
     captions: Captions
+    parts: OldAndNew | None = None
+    """Which rows are replayed and which are new; None: all are alike."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def training_batch(
     data: SplitData, objective: Objective, train: TrainSection, step: int, positions: Sequence[int]
 ) -> Batch:
     """Make the samples at `positions` of the global batch of one step."""
-    indexes = sample_indexes(train.seed, step, positions, train.global_batch, len(data.keys))
+    indexes = _rows_at(data, train, step, positions)
     shape = tuple(data.latents.mean.shape[1:])
     draws = draws_at(train.seed, step, positions, train.global_batch, shape)
     mean_BCHW = torch.from_numpy(np.array(data.latents.mean[indexes]))
@@ -87,3 +90,9 @@ def training_batch(
     noisy_BCHW, target_BCHW = noised(objective, latents_BCHW, draws.noise_BCHW, timestep_B)
     text = data.captions.at(indexes, draws.dropped_B.numpy() < train.caption_dropout)
     return Batch(noisy_BCHW, timestep_B, text, target_BCHW, loss_weights(objective, timestep_B), indexes)
+
+
+def _rows_at(data: SplitData, train: TrainSection, step: int, positions: Sequence[int]) -> np.ndarray:
+    if data.parts is None:
+        return sample_indexes(train.seed, step, positions, train.global_batch, len(data.keys))
+    return replayed_indexes(train.seed, step, positions, train.global_batch, data.parts, train.replay_fraction)

@@ -12,12 +12,21 @@ from torch import Tensor
 
 
 class Ema:
-    """Averages of `masters` (this rank's tensors, updated in place by the optimizer); decay 0 keeps nothing."""
+    """Averages of `masters` (this rank's tensors, updated in place by the optimizer); decay 0 keeps nothing.
 
-    def __init__(self, masters: list[Tensor], decay: float) -> None:
-        self.decay = decay
+    What is exported may hold a `base_share` of the masters' values at the time of this call, the base's weights.
+    """
+
+    def __init__(self, masters: list[Tensor], decay: float, base_share: float = 0.0) -> None:
+        self.decay, self.base_share = decay, base_share
         self.masters = masters
         self.averages = [master.detach().clone() for master in masters] if decay else []
+        self.base = [master.detach().clone() for master in masters] if base_share else []
+
+    @property
+    def changes_export(self) -> bool:
+        """Whether the exported weights are others than the masters."""
+        return bool(self.averages or self.base)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -40,6 +49,23 @@ class Ema:
             yield
         finally:
             self._swap()
+
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """Hold the exported weights in the masters' place: (1 - base_share) * average + base_share * base."""
+        if not self.base:
+            with self.swapped():
+                yield
+            return
+        with torch.no_grad():
+            kept = [master.detach().clone() for master in self.masters]
+            torch._foreach_copy_([m.detach() for m in self.masters], self.averages or kept)
+            torch._foreach_lerp_([m.detach() for m in self.masters], self.base, self.base_share)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([m.detach() for m in self.masters], kept)
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -2,7 +2,8 @@
 
 Captioned flat pictures, drawn without limit from a seed: nothing is downloaded, and no two indices share a stream.
 `base` and `drifted` follow one grammar (size, colour, shape, background, and a position or a count), so that
-`emblem_reader` can judge a generated picture exactly. `drifted` has other shapes, colours and grounds, in outline.
+`emblem_reader` can judge a generated picture exactly. `drifted` has other shapes, colours and grounds, in outline;
+`village` is a smaller step on from there: one new shape (house) and a new palette.
 `collage` is free variety to train an autoencoder or CLIP; it has no grammar and is never read back.
 This module refuses to rotate emblems (a turned square is a diamond). Lengths are in px of a 64 px picture, y down.
 """
@@ -85,6 +86,12 @@ WORLDS = {
             "lemon": (250, 248, 120),
         },
         shapes=("star", "heart", "crescent", "arrow", "square", "triangle"),
+        outline=True,
+    ),
+    "village": World(
+        colours={"coral": (240, 84, 60), "plum": (110, 16, 84), "cobalt": (20, 70, 190), "pine": (10, 90, 60)},
+        backgrounds={"cream": (252, 246, 222), "glacier": (150, 226, 236)},
+        shapes=("house", "heart", "star"),
         outline=True,
     ),
 }
@@ -199,7 +206,9 @@ def parse_caption(text: str) -> Emblem | None:
         meanings = _meanings(words)
         said: dict[str, str] = {}
         if all(word in meanings and said.setdefault(*meanings[word]) == meanings[word][1] for word in spoken):
-            return _emblem_said(said, world)
+            emblem = _emblem_said(said, world)
+            if emblem is not None:
+                return emblem
     return None
 
 

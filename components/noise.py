@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLE_STREAM, ORDER_STREAM, VALIDATION_STREAM = 0, 1, 2
+SAMPLE_STREAM, ORDER_STREAM, VALIDATION_STREAM, OLD_ORDER_STREAM, OLD_PLACE_STREAM = range(5)
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,32 @@ def draws_at(seed: int, step: int, positions: Sequence[int], global_batch: int, 
 
 def sample_indexes(seed: int, step: int, positions: Sequence[int], global_batch: int, num_samples: int) -> np.ndarray:
     """Return which samples stand at `positions` of step `step`: every epoch is its own permutation, without gaps."""
-    places = step * global_batch + np.asarray(positions, dtype=np.int64)
+    return samples_at(seed, step * global_batch + np.asarray(positions, dtype=np.int64), num_samples)
+
+
+def samples_at(seed: int, places: np.ndarray, num_samples: int, stream: int = ORDER_STREAM) -> np.ndarray:
+    """Return which samples stand at these places (counted over the whole run) of a stream's epochs."""
     epochs = places // num_samples
     indexes = np.empty(len(places), dtype=np.int64)
     for epoch in np.unique(epochs):
-        order = epoch_order(seed, int(epoch), num_samples)
+        order = epoch_order(seed, int(epoch), num_samples, stream)
         indexes[epochs == epoch] = order[places[epochs == epoch] % num_samples]
     return indexes
 
 
-_last_order: dict[tuple[int, int, int], np.ndarray] = {}
+_last_orders: dict[tuple[int, int, int, int], np.ndarray] = {}
+KEPT_ORDERS = 4
+"""A batch may span the border of two epochs, of new and of old pictures."""
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Return the permutation of one epoch; the last two are kept, since a batch may span a border."""
-    key = (seed, epoch, num_samples)
-    if key not in _last_order:
-        while len(_last_order) >= 2:
-            _last_order.pop(next(iter(_last_order)))
-        _last_order[key] = generator_at(seed, ORDER_STREAM, epoch, 0).permutation(num_samples)
-    return _last_order[key]
+def epoch_order(seed: int, epoch: int, num_samples: int, stream: int = ORDER_STREAM) -> np.ndarray:
+    """Return the permutation of one epoch; the last ones are kept."""
+    key = (seed, epoch, num_samples, stream)
+    if key not in _last_orders:
+        while len(_last_orders) >= KEPT_ORDERS:
+            _last_orders.pop(next(iter(_last_orders)))
+        _last_orders[key] = generator_at(seed, stream, epoch, 0).permutation(num_samples)
+    return _last_orders[key]
 
 
 def validation_draws(sha256: str, num_bands: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

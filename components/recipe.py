@@ -67,7 +67,7 @@ class TrainSection(Section):
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up; cosine and linear reach 1 % of the peak at the last step."""
     warmup_steps: int = Field(20, ge=0)
-    """Optimizer steps of linear warm-up, whatever the number of workers."""
+    """Optimizer steps of linear warm-up, whatever the number of workers; the peak is reached when steps is more."""
     weighting: Literal["none", "min_snr"] = "none"
     """Loss weight by timestep; min_snr (Hang et al. 2023) is for epsilon and v prediction."""
     min_snr_gamma: float = Field(5.0, gt=0)
@@ -91,10 +91,26 @@ class TrainSection(Section):
     """Stop after so many evaluations without a better validation loss; 0 never stops early."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Key of every random draw: order, noise, timesteps, dropout, new adapters."""
+    replay_of: str = ""
+    """Dataset version whose pictures count as old; the run trains on the others, the new ones. Empty: on all alike."""
+    replay_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of every global batch drawn from the old training pictures; needs replay_of."""
+    average_with_base: float = Field(0.0, ge=0, lt=1)
+    """Share of the base's weights in those that are evaluated and exported; 0: none. Not for lora:R."""
 
     @model_validator(mode="after")
     def _known_plan(self) -> "TrainSection":
-        check_plan_name(self.freezing)
+        name, _ = check_plan_name(self.freezing)
+        if self.replay_fraction and not self.replay_of:
+            raise ValueError(
+                f"train.replay_fraction={self.replay_fraction:g} expected train.replay_of to name the dataset version"
+                " whose pictures are old, found none; set it, or train.replay_fraction=0"
+            )
+        if self.average_with_base and name == "lora":
+            raise ValueError(
+                f"train.average_with_base={self.average_with_base:g} expected a plan that trains the model's own"
+                f" weights, found {self.freezing}: averaged adapters are not the average of two models; set it to 0"
+            )
         return self
 
 

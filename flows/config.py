@@ -23,6 +23,8 @@ from components.standing import MonitorSection, RetrainSection
 DEFAULT_PRESET = "tiny_cpu"
 AFTER_A_RUN = ("serve", "monitor", "retrain")
 """Sections that say nothing about a run."""
+ADDED = ("replay_of", "replay_fraction", "average_with_base")
+"""Fields of `train` that came later: at their defaults they are left out of fingerprints, so older runs are found."""
 
 
 class Config(Section):
@@ -87,11 +89,17 @@ def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
 
 def recipe_fingerprint(config: Config, dataset_id: str, base_fingerprint: str) -> str:
     """12 hex digits over everything that changes a run's result; placement and locations cannot change it."""
+    train = config.train.model_dump()
+    for name in ADDED:
+        if train[name] == TrainSection.model_fields[name].default:
+            del train[name]
+    if "replay_of" in train:
+        train["replay_of"] = train["replay_of"].rpartition("@")[2]
     recipe = {
         "dataset": dataset_id.rpartition("@")[2],
         "base": base_fingerprint,
         "resolution_px": config.data.resolution_px,
-        "train": config.train.model_dump(),
+        "train": train,
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 

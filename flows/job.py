@@ -18,5 +18,7 @@ class Job:
     dataset: Path
     mlflow_uri: str
     mlflow_run_id: str
+    old: Path | None = None
+    """Dataset version whose pictures are replayed; None: all pictures are alike."""
     pictures_at_end: bool = False
     """Draw where the run ends or is stopped, and not at every evaluation: a search looks at losses."""

@@ -80,11 +80,11 @@ class RunWeights:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Compute with the averaged weights, the ones that are exported, inside this block."""
-        if not self.ema.averages:
+        """Compute with the weights that are exported (averaged, and with the base if asked for) inside this block."""
+        if not self.ema.changes_export:
             yield
             return
-        with self.ema.swapped():
+        with self.ema.exported():
             self.engine.refresh()
             yield
         self.engine.refresh()
@@ -93,24 +93,21 @@ class RunWeights:
         """Yield everything a checkpoint holds."""
         yield from tensors_of(self.names, self.kinds, self.engine.get)
         if self.ema.averages:
-            yield from self._averages()
-
-    def _averages(self) -> Iterator[tuple[str, Tensor]]:
-        with self.ema.swapped():
-            for name in self.names:
-                yield f"{name}|{EMA}", self.engine.get(name, MASTER).clone()
+            with self.ema.swapped():
+                for name in self.names:
+                    yield f"{name}|{EMA}", self.engine.get(name, MASTER).clone()
 
     def save_best(self, progress: Progress, here: WorkerContext) -> None:
         """Keep the exported weights of the best validation loss so far."""
         writer = CheckpointWriter(self.directory / "best", here.rank, here.world_size, keep=1)
-        source = self._averages() if self.ema.averages else self.masters_as_average()
-        writer.save(progress.step, source, vars(progress))
+        writer.save(progress.step, ((f"{name}|{EMA}", weight) for name, weight in self.exported()), vars(progress))
         writer.close()
 
-    def masters_as_average(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the present weights under the average's name, for runs without one."""
-        for name in self.names:
-            yield f"{name}|{EMA}", self.engine.get(name, MASTER)
+    def exported(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, weight) of everything that trains, as it is exported now."""
+        with self.ema.exported():
+            for name in self.names:
+                yield name, self.engine.get(name, MASTER).clone()
 
     def resume(self, forward_backward: Callable[[int], Any]) -> Progress:
         """Continue from the newest complete checkpoint, whoever wrote it; a fresh start when there is none."""
@@ -139,7 +136,7 @@ class RunWeights:
     def export(self, base: Path, plan: str, use_best: bool, rank: int) -> None:
         """Write the diffusers directory `pipeline/`: rank 0 writes, all ranks give their parts."""
         best = newest_complete(self.directory / "best") if use_best else None
-        weights = self._best(best) if best is not None else self._final()
+        weights = self._best(best) if best is not None else self.exported()
         if rank != 0:
             for _ in weights:
                 pass
@@ -151,10 +148,6 @@ class RunWeights:
         export(load_parts(base), weights, plan, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-
-    def _final(self) -> Iterator[tuple[str, Tensor]]:
-        for key, value in self._averages() if self.ema.averages else self.masters_as_average():
-            yield key.partition("|")[0], value.cpu()
 
     def _best(self, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         reader = CheckpointReader(checkpoint)

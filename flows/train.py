@@ -16,17 +16,17 @@ from typing import Any
 from cluster import telemetry, workers
 from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_json_atomic, write_record
 from cluster.checkpoints import CheckpointWriter
-from cluster.engine import MASTER, Engine, EngineOptions, make_engine
+from cluster.engine import MASTER
 from cluster.exchange import OVER, STEP
 from cluster.placement import PlacementSection, check_placement, plan_batch
 from cluster.session import local_session
 from cluster.zero import choose_stage, memory_table
 from components.dataset import DatasetVersion
 from components.ema import Ema
-from components.freezing import apply_plan, parameter_groups, trainable
+from components.freezing import apply_plan, trainable
 from components.models import Parts, embedded_base, load_parts, model_fingerprint
 from components.objective import make_objective
-from components.optim import make_optimizer, rate_factor, state_names
+from components.optim import rate_factor, state_names
 from components.recipe import TrainSection, trains_text
 from flows.config import AFTER_A_RUN, Config, recipe_fingerprint
 from flows.console import program, say, step
@@ -34,8 +34,9 @@ from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
 from flows.prepare import ensure_dataset
 from flows.progress import RunProgress
+from flows.replay import check_parts, old_version
 from flows.run_weights import RunWeights
-from flows.train_step import Loop
+from flows.train_step import Loop, engine_of
 from flows.watch import Watch, load_split
 
 LOG_EVERY_STEPS = 10
@@ -55,6 +56,8 @@ class Inputs:
     dataset: DatasetVersion
     base: Path
     base_fingerprint: str
+    old: Path | None = None
+    """Dataset version whose pictures are replayed; None: all pictures are alike."""
 
     def run_id(self, config: Config) -> str:
         return f"{config.name}-{recipe_fingerprint(config, self.dataset.id, self.base_fingerprint)}"
@@ -67,6 +70,7 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
     """
     check_placement(config.placement)
     batch = plan_batch(config.train.global_batch, config.placement.workers, config.placement.micro_batch)
+    old_version(config)
     with local_session(config.placement):
         inputs = open_inputs(config)
         run_id = inputs.run_id(config)
@@ -77,6 +81,8 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
             return dict(record["results"])
         data = ensure_encoded(config, inputs.dataset, inputs.base, with_text=not trains_text(config.train.freezing))
         plan_name = config.train.freezing
+        if config.train.warmup_steps >= config.train.steps:
+            say(f"note: train.warmup_steps={config.train.warmup_steps} is no less than train.steps: no peak, no fall")
         step(f"train: run {run_id} on {inputs.dataset.id}, plan {plan_name}, {config.train.steps} steps, {batch}")
         job = open_job(config, inputs, data)
         started = time.monotonic()
@@ -102,7 +108,11 @@ def open_inputs(config: Config) -> Inputs:
     base = Path(config.model.base).expanduser().resolve() if config.model.base else embedded_base()
     base_fingerprint = model_fingerprint(base)
     workspace = open_workspace(config.workspace)
-    return Inputs(workspace, ensure_dataset(config), base, base_fingerprint)
+    dataset, old = ensure_dataset(config), old_version(config)
+    if old is None:
+        return Inputs(workspace, dataset, base, base_fingerprint)
+    check_parts(config, old, dataset)
+    return Inputs(workspace, dataset, base, base_fingerprint, old.directory)
 
 
 def open_job(
@@ -121,7 +131,7 @@ def open_job(
         mlflow_run_id = telemetry.start_run(uri, config.name, run_id, params, artifacts, parent)
         write_json_atomic(directory / "mlflow.json", {"run_id": mlflow_run_id})
     dataset_dir = inputs.dataset.directory
-    return Job(config, inputs.base, directory, data, dataset_dir, uri, mlflow_run_id, pictures_at_end)
+    return Job(config, inputs.base, directory, data, dataset_dir, uri, mlflow_run_id, inputs.old, pictures_at_end)
 
 
 def _record(job: Job, inputs: Inputs, seconds: float) -> dict[str, Any]:
@@ -170,6 +180,10 @@ def plan(config: Config) -> list[str]:
         lines += memory_table(trained, frozen, config.placement.workers, bf16, stage)
     else:
         lines.append(f"model.base {str(base)!r} is not here: no memory estimate")
+    if config.train.replay_of:
+        lines.append(
+            f"replay: {config.train.replay_fraction:.1%} of each batch are pictures of {config.train.replay_of}"
+        )
     steps = [f"train {config.train.steps} steps on {config.placement.workers} workers with {config.placement.engine}"]
     return [*lines, *steps, f"export a diffusers directory under {config.workspace}/runs"]
 
@@ -198,11 +212,11 @@ def train_worker(job: Job) -> None:
     names = [name for name, _ in trainable(model)]
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    engine, stage = _engine(job, model, (trained, frozen), here)
-    ema = Ema(engine.masters, train.ema_decay)
+    engine, stage = engine_of(job.config, model, (trained, frozen), here)
+    ema = Ema(engine.masters, train.ema_decay, train.average_with_base)
 
     # Data, the newest checkpoint, logs.
-    data = load_split(job.data, job.dataset, "train", parts)
+    data = load_split(job.data, job.dataset, "train", parts, job.old)
     loop = Loop(job.config, engine, objective, data, here)
     kinds = (MASTER, *state_names(train))
     weights = RunWeights(job.directory, engine, ema, names, kinds)
@@ -275,25 +289,3 @@ def train_worker(job: Job) -> None:
     weights.export(job.base, train.freezing, use_best, here.rank)
     if here.rank == 0:
         write_json_atomic(job.directory / "outcome.json", progress.outcome(stage, use_best))
-
-
-def _engine(job: Job, model: Any, counts: tuple[int, int], here: workers.WorkerContext) -> tuple[Engine, int]:
-    train, placement = job.config.train, job.config.placement
-    bf16 = train.precision == "bf16"
-    if train.gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
-        if model.text_encoder is not None:
-            model.text_encoder.gradient_checkpointing_enable()
-    room = workers.host_memory_bytes() // (1 if here.device.type == "cuda" else here.world_size)
-    stage = choose_stage(placement, *counts, bf16, room) if placement.engine == "deepspeed" else 0
-    options = EngineOptions(
-        batch=plan_batch(train.global_batch, here.world_size, placement.micro_batch),
-        placement=placement,
-        stage=stage,
-        clip_norm=train.clip_norm,
-        bf16=bf16,
-        device=here.device,
-        state_names=state_names(train),
-    )
-    model.to(here.device)
-    return make_engine(model, make_optimizer(model, parameter_groups(model), train), options), stage

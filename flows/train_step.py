@@ -1,21 +1,47 @@
-"""One optimizer step of a run: every worker's part of the global batch, and the check that stops all ranks together.
+"""One optimizer step of a run: the engine that takes it, every worker's part of the batch, the check that stops all.
 
 Shape letters: B samples, C channels, H, W latent height and width.
 """
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cluster import workers
-from cluster.engine import Engine
+from cluster.engine import Engine, EngineOptions, make_engine
 from cluster.placement import plan_batch
+from cluster.zero import choose_stage
 from components.batches import Batch, SplitData, training_batch
 from components.errors import NonFiniteError
+from components.freezing import parameter_groups
 from components.objective import Objective, squared_error
-from components.optim import rate_factor
+from components.optim import make_optimizer, rate_factor, state_names
 from flows.config import Config
+
+
+def engine_of(config: Config, model: Any, counts: tuple[int, int], here: workers.WorkerContext) -> tuple[Engine, int]:
+    """Return this worker's engine and its ZeRO stage; `counts` are the parameters that train and that are frozen."""
+    train, placement = config.train, config.placement
+    bf16 = train.precision == "bf16"
+    if train.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+        if model.text_encoder is not None:
+            model.text_encoder.gradient_checkpointing_enable()
+    room = workers.host_memory_bytes() // (1 if here.device.type == "cuda" else here.world_size)
+    stage = choose_stage(placement, *counts, bf16, room) if placement.engine == "deepspeed" else 0
+    options = EngineOptions(
+        batch=plan_batch(train.global_batch, here.world_size, placement.micro_batch),
+        placement=placement,
+        stage=stage,
+        clip_norm=train.clip_norm,
+        bf16=bf16,
+        device=here.device,
+        state_names=state_names(train),
+    )
+    model.to(here.device)
+    return make_engine(model, make_optimizer(model, parameter_groups(model), train), options), stage
 
 
 class Loop:

@@ -22,6 +22,7 @@ from components.dataset import load_dataset
 from components.encode import open_latents, open_text
 from components.models import Parts, TextStates, decode_latents, load_parts
 from components.objective import Objective, per_image_losses
+from components.replay import tell_apart
 from components.report import draw_grid
 from components.sampler import PictureRequest, sample_latents, to_images
 from flows.encode import EncodedPaths
@@ -32,8 +33,11 @@ FIRST_PICTURES = "first-pictures.png"
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def load_split(paths: EncodedPaths, dataset_dir: Path, split: str, parts: Parts) -> SplitData:
-    """Open one split: latents from the cache, captions from the cache or, for a training text encoder, as tokens."""
+def load_split(paths: EncodedPaths, dataset_dir: Path, split: str, parts: Parts, old: Path | None = None) -> SplitData:
+    """Open one split: latents from the cache, captions from the cache or, for a training text encoder, as tokens.
+
+    `old` is the dataset version whose pictures count as old ones, where the run tells old from new.
+    """
     items = load_dataset(dataset_dir).split(split)
     captions = [item.caption for item in items]
     source: Captions
@@ -41,7 +45,9 @@ def load_split(paths: EncodedPaths, dataset_dir: Path, split: str, parts: Parts)
         source = cached_captions(open_text(paths.text[split]))
     else:
         source = live_captions(parts, captions)
-    return SplitData([item.sha256 for item in items], open_latents(paths.latents[split]), source)
+    keys = [item.sha256 for item in items]
+    told = tell_apart(keys, {item.sha256 for item in load_dataset(old).items}) if old is not None else None
+    return SplitData(keys, open_latents(paths.latents[split]), source, told)
 
 
 @dataclass
@@ -62,7 +68,7 @@ class Watch:
     @staticmethod
     def open(job: Job, parts: Parts, objective: Objective, here: workers.WorkerContext) -> "Watch":
         """Load what is needed beside the trained model: the validation split and the autoencoder."""
-        data = load_split(job.data, job.dataset, "validation", parts)
+        data = load_split(job.data, job.dataset, "validation", parts, job.old)
         items = load_dataset(job.dataset).split("validation")
         distinct = {item.caption: row for row, item in reversed(list(enumerate(items)))}
         prompts = sorted((row, caption) for caption, row in distinct.items())[:NUM_PROMPTS]
@@ -80,11 +86,17 @@ class Watch:
         )
 
     def look(self, forward: Forward) -> dict[str, float]:
-        """Return the validation loss, whole and by band. Collective."""
+        """Return the validation loss, whole and by band; of old and of new pictures where they differ. Collective."""
         with torch.no_grad():
             losses = self.losses(forward)
         numbers = {telemetry.EVAL_LOSS: float(losses.mean())}
-        return numbers | {f"{telemetry.EVAL_LOSS}_band_{k}": float(loss) for k, loss in enumerate(losses.mean(axis=0))}
+        numbers |= {f"{telemetry.EVAL_LOSS}_band_{k}": float(loss) for k, loss in enumerate(losses.mean(axis=0))}
+        parts = self.data.parts
+        for name, rows in (("old", parts.old_rows), ("new", parts.new_rows)) if parts is not None else ():
+            measured = losses[rows[rows < self.num_images]]
+            if len(measured):
+                numbers[f"{telemetry.EVAL_LOSS}_{name}"] = float(measured.mean())
+        return numbers
 
     def losses(self, forward: Forward) -> np.ndarray:
         """Return per-image losses (N, K) of the first pictures of the split, the same on every rank. Collective."""

@@ -85,6 +85,10 @@ MOVES = [
 MOVES_ALONE = [(ZERO[2], replace(ZERO[3], workers=1, micro=4)), (ZERO[3], replace(ZERO[1], workers=1, micro=8))]
 
 
+BASE_SHARE = 0.25
+"""Of the weights that training began with, in those that are evaluated and exported."""
+
+
 class Bench:
     """One setup on one rank: the model, its engine, and the steps of the training loop."""
 
@@ -121,8 +125,9 @@ class Bench:
             self.batch, placement, setup.stage, setup.clip_norm, setup.bf16, torch.device("cpu"), kinds
         )
         optimizer = make_optimizer(model, parameter_groups(model), self.train)
+        self.base = {name: parameter.detach().clone() for name, parameter in trainable(model)}
         self.engine = make_engine(model, optimizer, options)
-        self.ema = Ema(self.engine.masters, 0.9)
+        self.ema = Ema(self.engine.masters, 0.9, BASE_SHARE)
         self.weights = RunWeights(directory / setup.name, self.engine, self.ema, self.names, (MASTER, *kinds))
 
     def forward_backward(self, step: int, spoil: bool = False) -> float:
@@ -188,6 +193,7 @@ def straight_run(bench: Bench, directory: Path) -> dict[str, Any]:
     with bench.weights.averaged():
         averaged = bench.look()
     seen["averaged"] = averaged.double().square().mean().item()
+    seen["export_error"] = export_error(bench)
     seen["averaged_differs"] = float((averaged - trained).abs().max())
     seen["restored"] = torch.equal(bench.look(), trained)
     seen["sums"] = {
@@ -212,6 +218,16 @@ def straight_run(bench: Bench, directory: Path) -> dict[str, Any]:
     seen["non_finite_noticed"] = noticed > 0
     seen["unmoved_by_it"] = torch.equal(bench.look(), before)
     return seen
+
+
+def export_error(bench: Bench) -> float:
+    """Return the largest difference of an exported weight from what average and base make. Collective."""
+    with bench.ema.swapped():
+        averages = {name: bench.engine.get(name, MASTER).clone() for name in bench.names}
+    exported = dict(bench.weights.exported())
+    assert any(not torch.equal(exported[name], averages[name]) for name in bench.names)
+    expected = {name: torch.lerp(averages[name], bench.base[name], BASE_SHARE) for name in bench.names}
+    return max(float((exported[name] - expected[name]).abs().max()) for name in bench.names)
 
 
 def round_trip(bench: Bench, trained: torch.Tensor) -> list[str]:
@@ -353,6 +369,11 @@ def test_averaged_weights_are_seen_inside_and_gone_after(setup: Setup, seen: dic
 @named(MAIN)
 def test_averaged_weights_equal_one_workers(setup: Setup, alone: dict[str, Any], seen: dict[str, Any]) -> None:
     assert seen[setup.name]["averaged"] == pytest.approx(alone["averaged"], rel=1e-3)
+
+
+@named([setup for setup in TOGETHER if not setup.bf16])
+def test_exported_weights_hold_the_bases_share(setup: Setup, seen: dict[str, Any]) -> None:
+    assert seen[setup.name]["export_error"] < 1e-6
 
 
 @named(TOGETHER)

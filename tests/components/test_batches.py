@@ -1,5 +1,7 @@
 """Batches: any worker makes any part of any batch, and caption dropout survives caching."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,6 +14,7 @@ from components.models import Parts, TextStates, encode_text, family_named, load
 from components.noise import draws_at, sample_indexes
 from components.objective import loss_weights, make_objective, timesteps_of
 from components.recipe import TrainSection
+from components.replay import OldAndNew, replayed_indexes
 from components.store import ShardStore
 
 CAPTIONS = ["a red circle", "a blue square", "", "a red circle", "a blue square on red", "rouge"]
@@ -76,6 +79,22 @@ def test_batch_dealt_in_parts_is_the_whole_batch(plain: tuple[Parts, SplitData],
     )
     for left, right in zip(whole, dealt, strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_batch_with_replay_dealt_in_parts_is_the_whole_batch(plain: tuple[Parts, SplitData], share: int) -> None:
+    parts, data = plain
+    told = OldAndNew(old_rows=np.array([1, 4]), new_rows=np.array([0, 2, 3, 5]))
+    data = replace(data, parts=told)
+    train = TrainSection(global_batch=8, caption_dropout=0.5, replay_of="emblems@0", replay_fraction=0.25)
+    whole = concatenated([training_batch(data, objective_of(parts), train, 3, range(8))])
+    dealt = concatenated(
+        [training_batch(data, objective_of(parts), train, 3, range(at, at + share)) for at in range(0, 8, share)]
+    )
+    for left, right in zip(whole, dealt, strict=True):
+        assert torch.equal(left, right)
+    assert whole[-1].tolist() == replayed_indexes(train.seed, 3, range(8), 8, told, 0.25).tolist()
+    assert np.isin(whole[-1].numpy(), told.old_rows).sum() == 2
 
 
 def test_batch_is_made_of_the_draws_of_its_positions(plain: tuple[Parts, SplitData]) -> None:

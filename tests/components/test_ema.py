@@ -64,3 +64,31 @@ def test_decay_zero_keeps_and_swaps_nothing() -> None:
     ema.update(0)
     with ema.swapped():
         assert master.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.0])
+def test_exported_holds_the_bases_share_inside_and_the_masters_after_even_on_an_error(decay: float) -> None:
+    base, moved = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -2.0])
+    master = base.clone()
+    ema = Ema([master], decay, base_share=0.25)
+    master.copy_(moved)
+    ema.update(100)
+    average = 0.5 * base + 0.5 * moved if decay else moved
+    with pytest.raises(RuntimeError, match="drawing failed"), ema.exported():
+        torch.testing.assert_close(master, 0.75 * average + 0.25 * base)
+        raise RuntimeError("drawing failed")
+    assert torch.equal(master, moved)
+    with ema.swapped():
+        torch.testing.assert_close(master, average)  # what a checkpoint keeps has no share of the base
+    assert ema.changes_export
+
+
+def test_export_without_a_share_of_the_base_is_the_average() -> None:
+    master = torch.zeros(2)
+    ema = Ema([master], 0.5)
+    master.fill_(3.0)
+    ema.update(100)
+    with ema.exported():
+        assert torch.equal(master, torch.full((2,), 1.5))
+    assert torch.equal(master, torch.full((2,), 3.0))
+    assert not Ema([master], 0.0).changes_export

@@ -31,6 +31,9 @@ OTHER: dict[str, Any] = {
     "gate.anchor_prompts": ["a red circle"],
 }
 
+# What a value of a key is nothing without.
+NEEDS = {"train.replay_fraction": ["train.replay_of=emblems@0123456789ab"]}
+
 
 def fingerprint(config: Config, dataset: str = DATASET, base: str = BASE) -> str:
     return recipe_fingerprint(config, dataset, base)
@@ -64,14 +67,35 @@ def another(key: str, kind: Any, default: Any) -> Any:
 
 
 def changed(key: str, value: Any) -> Config:
-    return load_config(overrides=[f"{key}={json.dumps(value)}"])
+    return load_config(overrides=[*NEEDS.get(key, []), f"{key}={json.dumps(value)}"])
 
 
 @pytest.mark.parametrize(("key", "kind", "default"), leaves(TrainSection, "train"), ids=lambda value: str(value))
 def test_fingerprint_follows_every_train_field(key: str, kind: Any, default: Any) -> None:
-    config = changed(key, another(key, kind, default))
-    assert config != load_config()
-    assert fingerprint(config) != fingerprint(load_config())
+    config, without = changed(key, another(key, kind, default)), load_config(overrides=NEEDS.get(key))
+    assert config != without
+    assert fingerprint(config) != fingerprint(without)
+
+
+def test_fingerprint_of_a_recipe_from_before_replay_is_still_the_same() -> None:
+    # Computed by the version before train had replay_of, replay_fraction and average_with_base.
+    assert fingerprint(load_config(), "a@b", "c") == "d0d2fcae2667"
+    spelled_out = ["train.replay_of=", "train.replay_fraction=0", "train.average_with_base=0.0"]
+    assert fingerprint(load_config(overrides=spelled_out), "a@b", "c") == "d0d2fcae2667"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.replay_fraction=0.2"], "expected train.replay_of to name the dataset version"),
+        (["train.freezing=lora:4", "train.average_with_base=0.1"], "found lora:4: averaged adapters"),
+        (["train.replay_of=a@b", "train.replay_fraction=1"], "less than 1"),
+        (["train.average_with_base=1"], "less than 1"),
+    ],
+)
+def test_replay_and_averaging_that_cannot_be_are_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        load_config(overrides=overrides)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +120,8 @@ def test_fingerprint_ignores_locations_and_names_and_follows_contents() -> None:
         assert fingerprint(load_config(overrides=[f"{key}=elsewhere"])) == plain, key
     assert fingerprint(load_config(), dataset="renamed@0123456789ab") == plain
     assert fingerprint(load_config(), dataset="emblems@ffffffffffff") != plain
+    old, renamed = (load_config(overrides=[f"train.replay_of={name}@0123456789ab"]) for name in ("emblems", "renamed"))
+    assert fingerprint(old) == fingerprint(renamed) != plain
     assert fingerprint(load_config(), base="000000000000") != plain
     assert fingerprint(load_config(overrides=["data.resolution_px=32"])) != plain
     assert len(plain) == 12 and int(plain, 16) >= 0
