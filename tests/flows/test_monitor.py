@@ -163,7 +163,7 @@ def test_budget_is_spent_by_tests_alone_whatever_the_clock_does(world: Path, wor
     spent = first["spent"]
     assert first["tested"] and spent > 0
     same = looked(config, days=1)
-    assert same["reasons"][0].startswith("nothing has arrived since") and same["streams"] == first["streams"]
+    assert same["reasons"][0].startswith("nothing has changed since") and same["streams"] == first["streams"]
     put(source, "base", range(60))
     for days in (1e-5, -1 / 24):  # a second later; and an hour before, by a clock that was set back
         again = looked(config, days)
