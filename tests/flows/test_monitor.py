@@ -281,7 +281,7 @@ def test_files_that_may_still_change_are_waited_for(world: Path, workspace: Path
     source = tmp_path / "source"
     put(source, "base", range(30))
     config = with_overrides(config_of(workspace, source), {"monitor.settle_s": 60.0})
-    assert looked(config)["window"]["waiting"] == {CHANGING: 60}
+    assert looked(config)["window"]["waiting"] == {CHANGING: 30}
     assert looked(config, days=61 / DAY_S)["window"]["pictures"] == 30
     quick = with_overrides(config_of(workspace, world / "same"), {"monitor.settle_s": 0.01})
     assert monitor.run(quick, wait=True)["tested"]

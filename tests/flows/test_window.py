@@ -117,7 +117,7 @@ def test_a_file_that_came_to_rest_for_whoever_asks_has_come_to_rest(tmp_path: Pa
     put(tmp_path / "source", range(30))
     loops = arrivals.look(config, NOBODY, None, 60.0, at=1000.0 - 60)
     workspace = open_workspace(config.workspace)
-    assert taken(config).waiting == {CHANGING: 60}
+    assert taken(config).waiting == {CHANGING: 30}
     window = take_window(config, workspace, NOBODY, SEED, {}, 1000.0, loops.cursor)
     assert window.new_images == 30 and window.own == {}
     put(tmp_path / "source", range(30, 40))
