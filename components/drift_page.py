@@ -172,7 +172,11 @@ def _what_drifted(stream: str, shown: Drifted, with_words: bool) -> str:
     items = []
     for group in shown.groups:
         alike = f"{group.size} alike" if group.size > 1 else "one alone"
-        items.append(Card("Arrived", alike, group.shown))
+        if stream == "prompts":
+            texts = "; ".join(text for text, _ in group.shown if text)
+            items.append(Card(texts or "Prompts whose text was not kept (serve.capture_prompts)", alike, ()))
+        else:
+            items.append(Card("Arrived", alike, group.shown))
         if group.nearest:
             items.append(Card("Nearest that the champion knows", "", group.nearest))
     bodies = [f'<div class="pairs">{cards(items)}</div>'] if items else []

@@ -102,7 +102,7 @@ def _state_for(reference: Reference, state: dict[str, Any]) -> dict[str, Any]:
         return state
     last_s = state["ledger"]["last_s"] if state else reference.pinned_s - FIRST_S
     fresh: dict[str, Any] = dict.fromkeys(("last", "keys", "told", "line"))
-    return {**fresh, "reference": reference.sha256, "ledger": asdict(Ledger(last_s)), "window": {}}
+    return {**fresh, "reference": reference.sha256, "ledger": asdict(Ledger(last_s)), "window": {}, "gone": 0}
 
 
 def _finish_line(workspace: Workspace, state: dict[str, Any]) -> None:
@@ -168,7 +168,8 @@ def _look(
             "waiting": sides.window.waiting,
         },
     }
-    state = {**state, "window": sides.window.state}
+    # While pictures that a test saw are gone, its verdict is about something else, until the next test.
+    state = {**state, "window": sides.window.state, "gone": state["gone"] + sides.window.gone}
     last = state["last"]
     why, stands = _why_no_test(config, sides, state, level, ledger, at)
     notes = _notes(sides)
@@ -184,7 +185,7 @@ def _look(
     result = {**kept, **numbers, "tested": tested, "spent": spent.spent, "reasons": [*found.reasons, *notes]}
     past = _lines(workspace, config.name)
     kept["report"] = result["report"] = str(write_report(config, workspace, (found, compared, explained), result, past))
-    return result, {**state, "ledger": asdict(spent), "last": kept, "keys": _asked(config, sides)}
+    return result, {**state, "ledger": asdict(spent), "last": kept, "keys": _asked(config, sides), "gone": 0}
 
 
 def _why_no_test(
@@ -202,7 +203,7 @@ def _why_no_test(
         return "", False
     missing_s = (LEAST_LEVEL - level) * YEAR_S / config.monitor.false_alarms_per_year + max(0.0, ledger.last_s - at)
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at + missing_s))
-    stands = state["last"] is not None and not window.gone
+    stands = state["last"] is not None and not state["gone"]
     what = "until then the last verdict stands" if stands else "nothing is decided until then"
     back = " (the clock stands before the last test)" if at < ledger.last_s else ""
     return f"the false-alarm budget holds too little for a test before {when}{back}; {what}", stands

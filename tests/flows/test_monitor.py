@@ -181,6 +181,7 @@ def test_budget_is_spent_by_tests_alone_whatever_the_clock_does(world: Path, wor
 def test_another_reference_does_not_bring_the_budget_back(world: Path, workspace: Path) -> None:
     config = config_of(workspace, world / "same")
     assert looked(config)["tested"]
+    config = with_overrides(config, {"monitor.window": 50})  # else the same data made the same reference
     registry = Registry(open_workspace(str(workspace)))
     dataset = registry.by_number(config.name, 1).tags[TAG_DATASET]
     registry.register(config.name, workspace, {TAG_DATASET: dataset})
@@ -200,7 +201,7 @@ def test_a_reference_is_pinned_once_and_checked_whenever_it_is_read(
     assert reference.pin(with_overrides(config, {"monitor.window": 50}), 1) == pinned
     assert {path: path.read_bytes() for path in pinned.directory.iterdir()} == files
     items, words = pinned.read()
-    assert items.num_rows == pinned.size == pinned.held_out and words["a"] > 100
+    assert items.num_rows == pinned.size == pinned.held_out and words["background"] > 100
     with pytest.raises(
         InputError, match=f"monitor.encoder expected the encoder {pinned.encoder}.*pin that version anew"
     ):
@@ -299,6 +300,7 @@ def test_a_folder_that_shrinks_takes_its_pictures_out_of_the_window(
     less = looked(config, days=1e-5)
     assert (less["window"]["pictures"], less["verdict"], less["tested"]) == (30, "not_enough_data", False)
     assert any("60 pictures of the sample are gone" in reason for reason in less["reasons"])
+    assert looked(config, days=2e-5)["verdict"] == "not_enough_data", "what was said of the others stands no more"
     assert looked(config, days=1)["verdict"] == "drift"
 
 
