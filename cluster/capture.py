@@ -14,7 +14,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -223,10 +223,14 @@ def remove_oldest(folder: Path, max_bytes: int) -> None:
 
 def read_captured(folder: Path, since_s: float = 0.0) -> pa.Table:
     """Return the rows served from `since_s` (seconds from 1970) on, oldest shard first; shards may vanish meanwhile."""
-    tables = []
+    tables = list(iter_captured(folder, since_s, SCHEMA.names))
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def iter_captured(folder: Path, since_s: float, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the same rows shard by shard, of them `columns` alone: all shards together may be large."""
     for shard in sorted(folder.glob(f"[0-9]*{SUFFIX}")):
         try:
-            tables.append(pq.read_table(shard, schema=SCHEMA, filters=[("time_s", ">=", since_s)]))
+            yield pq.read_table(shard, schema=SCHEMA, columns=list(columns), filters=[("time_s", ">=", since_s)])
         except FileNotFoundError:
             continue
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()

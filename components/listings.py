@@ -6,7 +6,10 @@ group by row group, so what is held is a few thousand rows, whatever the size of
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,6 +82,18 @@ def read_listing(path: Path) -> Iterator[Seen]:
                     yield Seen(**row)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} expected to be a whole listing, found it damaged: {error}; remove it") from error
+
+
+@contextmanager
+def draft_listing(folder: Path) -> Iterator[Path]:
+    """Hold the name of a file in `folder` that is gone after the block, unless it was moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".look-", suffix=".parquet")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def merge(left: Iterable[Seen], right: Iterable[Seen]) -> Iterator[tuple[Seen | None, Seen | None]]:

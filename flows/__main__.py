@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.signals import ended_by_signals
-from flows.console import say
+from flows.console import explain, say
 
 app = typer.Typer(
     name="fresco",
@@ -48,22 +47,8 @@ def main() -> None:
         error.show()
         code = 2
     except Exception as error:  # the one place where a verb's errors end
-        code = _explain(error)
+        code = explain(error)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _explain(error: Exception) -> int:
-    """Print one message for an error made on purpose, the whole trace for a bug; return the exit code."""
-    code = getattr(type(error), "exit_code", None)
-    if code is None and ("no space left" in str(error).lower() or "disk is full" in str(error).lower()):
-        say(f"\nerror: the disk is full: {error}\nfree some space or choose another --workspace, then run it again")
-        return 1
-    if code is None:
-        traceback.print_exception(error)
-        say("\nerror: this is a bug in Fresco; please report it with the trace above")
-        return 1
-    say(f"\nerror: {error}")
-    return int(code)
 
 
 def _keep_stdout_clean() -> int:
@@ -198,6 +183,12 @@ def rollback(
 def history(shared: Shared) -> None:
     """Say which version served when, and on what evidence."""
     shared.run("history", lambda flow, config: flow.run(config))
+
+
+@verb
+def monitor(shared: Shared) -> None:
+    """Say whether arrivals or served prompts have drifted from what the champion knows; report with pictures."""
+    shared.run("monitor", lambda flow, config: flow.run(config, wait=True))
 
 
 @verb

@@ -7,12 +7,10 @@ Looking needs two looks at least `settle_s` apart: a file that is still being wr
 
 import hashlib
 import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from components.arrivals import Arrival, Arrivals, Pending, State, Whole
 from components.dataset import DatasetVersion
 from components.errors import DataError, InputError
 from components.images import TRUNCATED, ZERO_BYTES, PictureError, decode
-from components.listings import LISTING, Seen, read_listing, write_listing
+from components.listings import LISTING, Seen, draft_listing, read_listing, write_listing
 from components.sources import MISSING_FILE, NO_CAPTION, Candidate, Listed, find_candidates
 from flows.config import Config
 from flows.console import say
@@ -35,6 +33,7 @@ from flows.prepare import SourceFiles, source_root
 
 SETTLE_S = 60.0
 LIMIT = 10_000
+PLACE = "arrivals"
 READERS = 8
 
 
@@ -46,6 +45,7 @@ class Look:
     known: set[str]
     """Hashes of the pictures that the dataset version has."""
     limit: int
+    wanted: Callable[[Whole], bool]
     new: list[Arrival] = field(default_factory=list)
     unread: list[Arrival] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
@@ -78,23 +78,25 @@ def look(
     settle_s: float = SETTLE_S,
     limit: int = LIMIT,
     at: float | None = None,
+    wanted: Callable[[Whole], bool] = lambda whole: True,
+    place: str = PLACE,
 ) -> Arrivals:
     """Return what `data.source` holds that `parent` does not; `cursor` is that of the look before, from any machine.
 
-    At most `limit` new files are read in one look, `counts["later"]` are left for the next ones. `at` is the time of
-    the look (default: now; Unix seconds). InputError when there is no source, StorageError when it cannot be listed:
-    a source that does not answer is never taken for an empty one.
+    At most `limit` new files are read in one look, `counts["later"]` are left for the next ones; new ones that are not
+    `wanted` are never read and only counted, as "unread". `at` is the time of the look (default: now; Unix seconds).
+    Whoever keeps a cursor of its own needs a `place` (folder of the workspace) of its own: a look there clears away
+    what only others' cursors name. InputError when there is no source, StorageError when it cannot be listed: a source
+    that does not answer is never taken for an empty one.
     """
     root = source_root(config)
     at = time.time() if at is None else at
-    folder = (
-        artifacts.open_workspace(config.workspace).root / "arrivals" / hashlib.sha256(root.encode()).hexdigest()[:12]
-    )
+    folder = artifacts.open_workspace(config.workspace).root / place / hashlib.sha256(root.encode()).hexdigest()[:12]
     previous = cursor["listing"] if cursor is not None and cursor.get("source") == root else ""
-    found = Look(SourceFiles(_base(root), _environment(root)), {item.sha256 for item in parent.items}, limit)
+    found = Look(SourceFiles(_base(root), _environment(root)), {item.sha256 for item in parent.items}, limit, wanted)
     listed = rules.carried_over(_listed(root, found), read_listing(folder / f"{previous}.parquet"), at)
     try:
-        with _draft(folder) as draft:
+        with draft_listing(folder) as draft:
             digest, number = write_listing(draft, listed)
             held = (row for row in read_listing(parent.directory / LISTING) if _below(row.uri, root))
             _sort(found, rules.states(read_listing(draft), held, at, settle_s), draft)
@@ -106,7 +108,7 @@ def look(
     looked_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
     cursor = {"source": root, "parent": parent.id, "listing": digest, "files": number, "looked_at": looked_at}
     lists = (tuple(found.new), tuple(found.pending), tuple(found.repeated), tuple(found.missing))
-    counts = {kind: found.counts[kind] for kind in ("new", "pending", "repeated", "missing", "later")}
+    counts = {kind: found.counts[kind] for kind in ("new", "pending", "repeated", "missing", "later", "unread")}
     return Arrivals(*lists, counts=counts, cursor=cursor)
 
 
@@ -148,6 +150,8 @@ def _whole(found: Look, judged: Iterable[Whole | Pending]) -> Iterator[Whole]:
         elif one.files[0].sha256 in found.known:
             name = found.path(one.files[0].uri)
             found.note("repeated", Arrival(Candidate(name, name), one.files, one.files[0].sha256))
+        elif not found.wanted(one):
+            found.counts["unread"] += 1
         elif places > 0:
             places -= 1
             yield one
@@ -260,23 +264,11 @@ def _keep(found: Look, draft: Path, path: Path) -> None:
     """Put the listing in its place, with the hashes that are known now."""
     if found.hashes:
         rows = (replace(row, sha256=found.hashes.get(row.uri, row.sha256)) for row in read_listing(draft))
-        with _draft(path.parent) as filled:
+        with draft_listing(path.parent) as filled:
             write_listing(filled, rows)
             os.replace(filled, path)
     else:
         os.replace(draft, path)
-
-
-@contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-    """Hold the name of a file in `folder` that is gone after the block, unless it was moved."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".look-", suffix=".parquet")
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _clear(folder: Path, keep: set[str]) -> None:

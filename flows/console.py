@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 
 _STARTED = time.monotonic()
@@ -33,3 +34,17 @@ def program() -> str:
     if called.name != "fresco" or shutil.which("fresco") == str(called.absolute()):
         return "fresco"
     return os.path.relpath(called)
+
+
+def explain(error: Exception) -> int:
+    """Print one message for an error made on purpose, the whole trace for a bug; return the exit code."""
+    code = getattr(type(error), "exit_code", None)
+    if code is None and ("no space left" in str(error).lower() or "disk is full" in str(error).lower()):
+        say(f"\nerror: the disk is full: {error}\nfree some space or choose another --workspace, then run it again")
+        return 1
+    if code is None:
+        traceback.print_exception(error)
+        say("\nerror: this is a bug in Fresco; please report it with the trace above")
+        return 1
+    say(f"\nerror: {error}")
+    return int(code)

@@ -1,0 +1,125 @@
+"""The sample is a function of the source as it is now, and only what may enter it is read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cluster.artifacts import open_workspace
+from components.arrivals import CHANGING
+from components.dataset import DatasetVersion
+from components.images import to_png
+from flows import arrivals
+from flows.config import Config, load_config, with_overrides
+from flows.window import Window, take_window
+
+SIZE, SEED = 20, 5
+NOBODY = DatasetVersion("none", "0" * 12, Path("nowhere"), ())
+
+
+def picture(number: int) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return to_png(Image.fromarray(noise))
+
+
+def put(source: Path, numbers: range) -> None:
+    source.mkdir(exist_ok=True)
+    for number in numbers:
+        (source / f"{number:03}.png").write_bytes(picture(number))
+        (source / f"{number:03}.txt").write_text(f"caption {number}")
+
+
+def config_of(tmp_path: Path, workspace: str = "workspace") -> Config:
+    overrides = [f"data.source={tmp_path / 'source'}", "data.resolution_px=16", "monitor.settle_s=0"]
+    return load_config(overrides=[*overrides, f"monitor.window={SIZE}"], workspace=str(tmp_path / workspace))
+
+
+def taken(config: Config, state: dict[str, Any] | None = None) -> Window:
+    return take_window(config, open_workspace(config.workspace), NOBODY, SEED, state or {}, at=1000.0)
+
+
+def hashes(window: Window) -> list[str]:
+    return [one.sha256 for one in window.sample]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many new files each look handed out."""
+    numbers: list[int] = []
+    look = arrivals.look
+
+    def counting(*given: Any) -> Any:
+        found = look(*given)
+        numbers.append(len(found.new))
+        return found
+
+    monkeypatch.setattr(arrivals, "look", counting)
+    return numbers
+
+
+def test_sample_of_a_source_that_grew_is_that_of_one_look_and_few_files_are_read(
+    tmp_path: Path, read: list[int]
+) -> None:
+    config = config_of(tmp_path)
+    put(tmp_path / "source", range(150))
+    first = taken(config)
+    assert len(first.sample) == SIZE and first.new_images == 150
+    assert read[0] < 90 and first.counts["unread"] == 150 - read[0]
+    put(tmp_path / "source", range(150, 300))
+    second = taken(config, first.state)
+    assert second.new_images == 300 and read[1] < 60
+    again = taken(config, second.state)
+    assert read[2] == 0 and again.sample == second.sample
+    assert hashes(taken(config_of(tmp_path, "another"))) == hashes(second)
+
+
+def test_what_is_deleted_leaves_the_sample_and_what_had_been_passed_over_comes_back(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put(tmp_path / "source", range(100))
+    first = taken(config)
+    for path in sorted((tmp_path / "source").iterdir())[:100]:
+        path.unlink()
+    second = taken(config, first.state)
+    kept = {one.caption for one in first.sample if int(one.caption.split()[1]) >= 50}
+    assert second.gone == SIZE - len(kept) > 0 and second.new_images == 50
+    assert len(second.sample) == SIZE and kept <= {one.caption for one in second.sample}
+    assert hashes(second) == hashes(taken(config_of(tmp_path, "another")))
+
+
+def test_rows_of_parquet_files_are_arrivals_like_others(tmp_path: Path, read: list[int]) -> None:
+    config = config_of(tmp_path)
+    (tmp_path / "source").mkdir()
+
+    def table(name: str, numbers: range) -> None:
+        rows = [{"image": {"bytes": picture(number), "path": None}, "text": f"caption {number}"} for number in numbers]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source" / name, row_group_size=10)
+
+    table("a.parquet", range(30))
+    first = taken(config)
+    assert first.new_images == 30 and len(first.sample) == SIZE and read == [3]
+    table("b.parquet", range(30, 60))
+    second = taken(config, first.state)
+    assert second.new_images == 60 and read == [3, 3]
+    assert hashes(second) == hashes(taken(config_of(tmp_path, "another")))
+    (tmp_path / "source" / "a.parquet").unlink()
+    third = taken(config, second.state)
+    assert third.new_images == 30 and {one.caption for one in third.sample} <= {f"caption {n}" for n in range(30, 60)}
+    assert hashes(third) == hashes(taken(config_of(tmp_path, "a third")))
+
+
+def test_a_file_that_came_to_rest_for_whoever_asks_has_come_to_rest(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config = with_overrides(config, {"monitor.settle_s": 60.0})
+    put(tmp_path / "source", range(30))
+    loops = arrivals.look(config, NOBODY, None, 60.0, at=1000.0 - 60)
+    workspace = open_workspace(config.workspace)
+    assert taken(config).waiting == {CHANGING: 30}
+    window = take_window(config, workspace, NOBODY, SEED, {}, 1000.0, loops.cursor)
+    assert window.new_images == 30 and window.own == {}
+    put(tmp_path / "source", range(30, 40))
+    again = arrivals.look(config, NOBODY, loops.cursor, 60.0, at=1000.0)
+    assert again.counts["new"] == 30, "the caller's listing is still there"
