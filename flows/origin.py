@@ -29,10 +29,11 @@ def request_of(workspace: Workspace, facts: Facts, missing: list[str]) -> dict[s
     if not request_id:
         missing.append("the record names no request, so when it was asked for is not known")
         return found
+    drawn_by = facts.get("model_version")  # an unfinished picture names none
     lines = [
         line
         for line in _logged(workspace, str(request_id))
-        if str(line.get("version", facts.get("model_version"))) == str(facts.get("model_version"))
+        if None in (drawn_by, line.get("version")) or str(line["version"]) == str(drawn_by)
     ]
     if not lines:
         missing.append(f"no request log here has {request_id}, so when it was asked for is not known")

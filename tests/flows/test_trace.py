@@ -1,4 +1,4 @@
-"""trace: the whole chain of a picture on a workspace with real records, and each way in which a part of it is missing."""
+"""trace: the whole chain of a picture on a workspace with real records, and each way in which a part is missing."""
 
 import json
 import subprocess
