@@ -262,6 +262,22 @@ def verify(
 
 
 @verb
+def trace(
+    shared: Shared,
+    file: Annotated[str, typer.Argument(help="A picture that the endpoint drew: PNG, JPEG or WebP.")],
+    key: Annotated[str | None, typer.Option("--key", help="Public key to trust; default: the workspace's.")] = None,
+) -> None:
+    """Tell where FILE comes from: request, model version, decision, run, dataset version, arrivals."""
+    shared.run("trace", lambda flow, config: flow.run(config, file, key))
+
+
+@verb
+def timeline(shared: Shared) -> None:
+    """Write a page with the whole story: data, drift, triggers, cycles, decisions, who served when."""
+    shared.run("timeline", lambda flow, config: flow.run(config))
+
+
+@verb
 def status(shared: Shared) -> None:
     """Say what serves, why and since when."""
     shared.run("status", lambda flow, config: flow.run(config))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
+from cluster.notify import check_form
 from cluster.placement import PlacementSection, ServeSection
 from cluster.redaction import redacted
 from components.errors import InputError
@@ -42,6 +43,12 @@ class Config(Section):
     monitor: MonitorSection = MonitorSection()
     retrain: RetrainSection = RetrainSection()
     placement: PlacementSection = PlacementSection()
+
+    @field_validator("retrain")
+    @classmethod
+    def _tells_whom_it_may(cls, section: RetrainSection) -> RetrainSection:
+        check_form(section)
+        return section
 
 
 def load_config(
