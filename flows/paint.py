@@ -155,7 +155,7 @@ class EnginePainter:
     def _maker(self, job: Job, role: Role, event: Event, watch: Stopwatch | None) -> MakeEvent | None:
         """Return what makes an event of the routes of one of the engine; None where they have none."""
         if isinstance(event, Done):
-            self._tallies.done(role, event.waited_s + event.drawn_s)
+            self._tallies.done(role, event.waited_s + event.drawn_s, _step_s(job, event))
             # Taken here and now: a version that has ended is forgotten.
             info = self.lineup.facts(event.version)
             return partial(self._finisher.finish, job, event.pictures, info, role, watch)
@@ -253,6 +253,11 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         partial_images=order.partial_images if order.stream else 0,
         progress=job.timed,
     )
+
+
+def _step_s(job: Job, event: Done) -> float | None:
+    """Seconds for each step; an edit makes fewer than it names."""
+    return event.drawn_s / job.order.rows[0]["steps"] if job.upload is None else None
 
 
 def _raise(error: ApiError) -> PaintEvent:
