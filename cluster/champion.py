@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
-from cluster.errors import ChampionMovedError, RegistryError, StorageError
+from cluster.canary import Trial, hold_trial, read_trial, trial_lives, write_trial
+from cluster.errors import ChallengerBusyError, ChampionMovedError, RegistryError, StorageError
 from cluster.judging import judged_now
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_RETIRED, TAG_SINCE, Registry, Version
@@ -84,16 +85,37 @@ def set_challenger(
     RegistryError for the champion itself, and for a version that is not there.
     """
     with _aliases(registry, name, "challenger", notify):
-        champion, before = registry.by_alias(name, CHAMPION), registry.by_alias(name, CHALLENGER)
-        if number is not None and champion is not None and champion.number == registry.by_number(name, number).number:
-            raise RegistryError(
-                f"challenger of {name} expected to be another version than the champion, found {number}, which serves"
-                " already; name another version"
-            )
+        before = registry.by_alias(name, CHALLENGER)
+        if number is not None:
+            _check_challenger(registry, name, number)
         if number != (before.number if before else None):
             registry.set_alias(name, CHALLENGER, number)
             append_journal(registry.workspace, CHALLENGE, name=name, version=number, reasons=list(reasons))
         return before
+
+
+@contextmanager
+def trying(registry: Registry, name: str, number: int, share: float) -> Iterator[None]:
+    """Let a version answer a share of the requests for the block, as challenger; afterwards it is one no more.
+
+    ChallengerBusyError, and nothing touched, where another version is the challenger.
+    """
+    with hold_trial(registry, name, number):
+        with _aliases(registry, name, "canary", None):
+            _end_trial(registry, name)  # the lease is ours, so whoever wrote it is gone
+            _check_challenger(registry, name, number)
+            other = registry.by_alias(name, CHALLENGER)
+            if other is not None:
+                raise ChallengerBusyError(f"version {other.number} is the challenger of {name} already, set by hand")
+            write_trial(registry, name, Trial(number, share))
+            registry.set_alias(name, CHALLENGER, number)
+            append_journal(registry.workspace, CHALLENGE, name=name, version=number, share=share, reasons=["canary"])
+        try:
+            yield
+        finally:
+            with _aliases(registry, name, "canary", None):
+                _end_trial(registry, name)
+                append_journal(registry.workspace, CHALLENGE, name=name, version=None, reasons=["the canary ended"])
 
 
 def drop_challenger(registry: Registry, name: str, number: int, reasons: Sequence[str]) -> bool:
@@ -112,7 +134,7 @@ def settle(registry: Registry, name: str) -> list[str]:
 
     An intent whose champion was reached gets its journal line; one that was not is undone. A champion that no line
     tells of (an alias moved by other tools, a journal that was lost) gets a line that says so. A challenger that is the
-    champion is one no more.
+    champion is one no more, and so is one that a process tried which is gone.
     """
     if not _unsettled(registry, name) or read_lease(registry.lock_path(name)) is not None:
         return []
@@ -208,6 +230,10 @@ def _settle(registry: Registry, name: str) -> list[str]:
                 f"undone: a move to version {line['champion']} ended half-way; the champion is {number or 'unset'}"
             )
         path.unlink(missing_ok=True)
+    trial = read_trial(registry, name)
+    if trial is not None and not trial_lives(registry, name):
+        _end_trial(registry, name)
+        said.append(f"ended: the trial of version {trial.version}, whose process is gone")
     if champion is not None and _is_tried(registry, champion):
         registry.set_alias(name, CHALLENGER, None)
         said.append(f"repaired: version {number} is the champion, and the challenger no more")
@@ -227,7 +253,26 @@ def _unsettled(registry: Registry, name: str) -> bool:
     champion = registry.by_alias(name, CHAMPION)
     if champion is not None and _is_tried(registry, champion):
         return True
+    if read_trial(registry, name) is not None and not trial_lives(registry, name):
+        return True
     return (champion.number if champion else None) != _journaled(registry, name)
+
+
+def _check_challenger(registry: Registry, name: str, number: int) -> None:
+    champion = registry.by_alias(name, CHAMPION)
+    if champion is not None and champion.number == registry.by_number(name, number).number:
+        raise RegistryError(
+            f"challenger of {name} expected to be another version than the champion, found {number}, which serves"
+            " already; name another version"
+        )
+
+
+def _end_trial(registry: Registry, name: str) -> None:
+    """Take alias and share of a trial away; a challenger that was named meanwhile stays."""
+    trial, challenger = read_trial(registry, name), registry.by_alias(name, CHALLENGER)
+    if trial is not None and challenger is not None and challenger.number == trial.version:
+        registry.set_alias(name, CHALLENGER, None)
+    write_trial(registry, name, None)
 
 
 def _is_tried(registry: Registry, version: Version) -> bool:

@@ -24,7 +24,10 @@ ERRORS, TIMES, SAFETY, BLANK, DECAY = "errors", "time_per_step", "safety", "blan
 STATISTICS = ("brightness", "contrast", "saturation")
 NUM_CHECKS = 5 + len(STATISTICS)
 LEAST_REQUESTS = 20
-"""Of the new version; fewer without any failed check are no reason to keep it, only none to roll it back."""
+"""Of the new version; fewer without any failed check are no reason to keep it, only none to roll it back.
+
+Times of fewer are not compared: they come in a row, and one hiccup of the machine is in all of them.
+"""
 LARGEST_SHIFT = 0.25
 """Of the whole range, in the mean of a picture statistic; new data may look different, but not so different."""
 LEAST_PICTURES = 10
@@ -119,8 +122,10 @@ def check_times(former: Numbers | None, new: Numbers, allowed: float, level: flo
 
     More pictures in a batch make a step longer and a picture's part of it shorter.
     """
-    if former is None or not sum(former.times) or not sum(new.times) or former.edges_s != new.edges_s:
-        return Check(TIMES, "skipped", "time per step is not compared: it is not known of both versions")
+    if former is None or min(sum(former.times), sum(new.times)) < LEAST_REQUESTS or former.edges_s != new.edges_s:
+        return Check(
+            TIMES, "skipped", f"time per step is not compared: not of {LEAST_REQUESTS} requests of each version"
+        )
     slower = 1 + allowed
     before, after = _median_s(former), _median_s(new)
     p_value = _p_longer(former, new, slower)
@@ -129,8 +134,8 @@ def check_times(former: Numbers | None, new: Numbers, allowed: float, level: flo
     outcome: Outcome = "fail" if p_value <= level and not only_load else "pass"
     told = f"a step takes about {after * 1e3:.3g} ms in {sum(new.times)} requests, {before * 1e3:.3g} ms before"
     sentence = f"{told}: longer by more than {allowed:.0%} (p = {p_value:.1g})" if outcome == "fail" else told
-    numbers = {"median_s": after, "former_s": before, "p_value": p_value, "allowed": allowed, "n": sum(new.times)}
-    return Check(TIMES, outcome, sentence, numbers)
+    numbers = {"median_s": after, "former_s": before, "p_value": p_value, "allowed": allowed}
+    return Check(TIMES, outcome, sentence, {**numbers, "n": sum(new.times)})
 
 
 def check_blank(former: Numbers | None, new: Numbers, level: float) -> Check:

@@ -6,7 +6,7 @@ picture `finish.Finisher`'s. Prompts are judged and encoded in the thread that s
 
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,14 @@ class EnginePainter:
         return self.lineup.waiting
 
     def swap(self, arguments: Mapping[str, Any]) -> None:
-        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on."""
-        self.lineup.follow(arguments["model"], arguments.get("challenger"))
+        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on.
+
+        The challenger's share of the requests is what is written from now on.
+        """
+        lineup, written = self.lineup, arguments.get("versions", {})
+        share = written.get("challenger_share", lineup.settings.challenger_share)
+        lineup.settings = replace(lineup.settings, challenger_share=share)
+        lineup.follow(arguments["model"], arguments.get("challenger"))
 
     def close(self) -> None:
         self._ending = True

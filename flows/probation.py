@@ -83,7 +83,7 @@ def watch(
 def try_out(config: Config, version: int, notify: Notify = say) -> dict[str, Any]:
     """Let `version` answer `retrain.canary_share` of the requests for `retrain.watch_s` beside the champion.
 
-    Returns what `watch` returns; `numbers["before"]` is what the champion did meanwhile, which `watch` takes as `before`.
+    Returns what `watch` returns; `numbers["before"]` is what the champion did meanwhile: `before` of a later `watch`.
     The alias `challenger` and the share are taken away whatever happens; a challenger set by hand is left alone.
     """
     share, watch_s = config.retrain.canary_share, config.retrain.watch_s

@@ -41,6 +41,7 @@ from flows import challenge, history, prepare, promote, rollback, status
 from flows.config import Config
 from flows.models import resolve_model
 
+KILL_LIMIT_S = 300
 WORST, MIDDLE, BEST = 4.0, 2.0, 0.0
 """What the denoiser's last layer is multiplied by: a random prediction is the worse the larger it is."""
 
@@ -347,7 +348,7 @@ def test_promote_killed_while_it_judges_leaves_no_alias_and_nothing_judged(confi
     promote.run(config, "fresco-a")
     process = multiprocessing.get_context("spawn").Process(target=promote_and_die, args=(config, "fresco-b"))
     process.start()
-    process.join(120)
+    process.join(KILL_LIMIT_S)
     assert process.exitcode == -signal.SIGKILL
     found = status.run(config)
     assert (found["champion"]["version"], found["challenger"], found["judging"]) == (1, None, [])
