@@ -45,7 +45,7 @@ class ClipEncoder:
                 f"expected a CLIP directory, found model_type {settings.get('model_type')!r} in"
                 f" {directory}/config.json; set model.clip to a directory saved from transformers' CLIPModel"
             )
-        self.identity = _directory_fingerprint(self.directory)
+        self.identity = directory_identity(self.directory)
         self.batch_size = batch_size
         # fp32 whatever was stored: half precision is slow on CPU and rounds the cosines that are compared
         self.model = CLIPModel.from_pretrained(self.directory, dtype=torch.float32, local_files_only=True).eval()
@@ -141,7 +141,8 @@ def _side(size: int | dict[str, int]) -> int:
     return size if isinstance(size, int) else next(iter(size.values()))
 
 
-def _directory_fingerprint(directory: Path) -> str:
+def directory_identity(directory: Path) -> str:
+    """`ClipEncoder.identity` of a directory, without loading it."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in FINGERPRINTED_SUFFIXES:
