@@ -6,6 +6,7 @@ retire. Where another promotion came first, the comparison is made again with th
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,19 +25,21 @@ from cluster.registry import (
 from components import decision_page
 from components.errors import NonFiniteError
 from components.evidence import Champion, Evidence, NewData
-from components.policy import Decision, decide
+from components.policy import CANARY, Check, Decision, Outcome, decide, with_check
 from components.scorecard import SLICE
 from flows import evaluate
 from flows.config import Config
 from flows.console import program, say, step
 from flows.decision_report import write_decision
 from flows.gather import Contest, gather
-from flows.keep import delete_weights, has_card, write_card, write_evidence
+from flows.keep import delete_weights, has_card, pin_reference, write_card, write_evidence
 from flows.models import ResolvedModel, register_version, resolve_model
 from flows.rehearse import rehearse
 
 ATTEMPTS = 3
 """Comparisons made again because the champion changed meanwhile."""
+Tryout = Callable[[int], dict[str, Any]]
+"""Tries a version that passed the gate on traffic, before it is champion: `probation.try_out` without its config."""
 FORCED = "forced: promoted in spite of the gate, on request"
 
 
@@ -56,8 +59,11 @@ class Judged:
         return self.decision.verdict == "promote"
 
 
-def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
-    """Make `model` the champion if the gate lets it through, or with `force` anyway."""
+def run(config: Config, model: str, force: bool = False, tryout: Tryout | None = None) -> dict[str, Any]:
+    """Make `model` the champion if the gate lets it through, or with `force` anyway.
+
+    With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
+    """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
     for repair in settle(registry, config.name):
@@ -69,7 +75,8 @@ def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
     if champion is not None and champion.number == version.number:
         return _unchanged(config, registry, champion, evaluate.run(config, model))
     with judging(registry, config.name, version.number, notify=say):
-        return _contest(config, workspace, registry, replace(found, version=version.number), model, force)
+        candidate = replace(found, version=version.number)
+        return _contest(config, workspace, registry, candidate, (model, force, tryout))
 
 
 def plan(config: Config) -> list[str]:
@@ -87,12 +94,19 @@ def plan(config: Config) -> list[str]:
 
 
 def _contest(
-    config: Config, workspace: Workspace, registry: Registry, found: ResolvedModel, model: str, force: bool
+    config: Config,
+    workspace: Workspace,
+    registry: Registry,
+    found: ResolvedModel,
+    asked: tuple[str, bool, Tryout | None],
 ) -> dict[str, Any]:
-    """Judge and act; again when somebody else's promotion came in between."""
+    """Judge, perhaps try, and act; again when somebody else's promotion came in between. `asked` is `run`'s."""
+    model, force, tryout = asked
     served = rehearse(config, found)
     for attempt in range(1, ATTEMPTS + 1):
         judged = _judge(config, workspace, registry, found, model, served)
+        if judged.passed and judged.champion != NO_CHAMPION and tryout is not None:
+            judged = _tried(judged, tryout)
         wanted = judged.passed or (force and not served.problem)
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
         try:
@@ -105,6 +119,15 @@ def _contest(
                 raise
             say(f"{error}; comparing with that one")
     raise AssertionError("unreachable")
+
+
+def _tried(judged: Judged, tryout: Tryout) -> Judged:
+    """Add what the traffic says; where nothing could be shown, the gate's word stands."""
+    found = tryout(judged.version.number)
+    shown = found["decision"] if found["numbers"] else "nothing"
+    outcomes: dict[str, Outcome] = {"keep": "pass", "roll_back": "fail"}
+    check = Check(CANARY, outcomes.get(shown, "skipped"), "on traffic: " + "; ".join(found["reasons"]))
+    return replace(judged, decision=with_check(judged.decision, check))
 
 
 def _judge(
@@ -183,6 +206,7 @@ def _promoted(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
+    pin_reference(config, judged.version.number)
     result = _result(line, judged.evaluated["scorecard"], judged.version, move.champion, move.previous)
     _tell(config, result)
     _retire(config, workspace, registry)
