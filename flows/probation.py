@@ -55,7 +55,10 @@ def look(config: Config) -> Look | None:
 
 
 def since(config: Config, begin: Look | None) -> dict[str, Any] | None:
-    """Return what the champion did since a look: what `watch` takes as `before`. Call it before the alias moves."""
+    """Return what the champion did since a look: what `watch` takes as `before`. Call it before the alias moves.
+
+    A loop does so in the function that it gives to `promote.run` as `tryout`, where it calls `try_out` as well.
+    """
     end = look(config)
     if begin is None or end is None:
         return None
