@@ -3,7 +3,7 @@
 Captioned flat pictures, drawn without limit from a seed: nothing is downloaded, and no two indices share a stream.
 `base` and `drifted` follow one grammar (size, colour, shape, background, and a position or a count), so that
 `emblem_reader` can judge a generated picture exactly. `drifted` has other shapes, colours and grounds, in outline;
-`shifted` is a smaller step away from `base`: a new shape (star) and a new palette, filled.
+`village` is a smaller step on from there: one new shape (house) and a new palette.
 `collage` is free variety to train an autoencoder or CLIP; it has no grammar and is never read back.
 This module refuses to rotate emblems (a turned square is a diamond). Lengths are in px of a 64 px picture, y down.
 """
@@ -88,11 +88,11 @@ WORLDS = {
         shapes=("star", "heart", "crescent", "arrow", "square", "triangle"),
         outline=True,
     ),
-    "shifted": World(
-        colours={"teal": (0, 136, 136), "gold": (206, 150, 0), "crimson": (178, 8, 56), "magenta": (220, 30, 190)},
-        backgrounds={"mint": (160, 232, 190), "lavender": (204, 180, 250)},
-        shapes=("circle", "square", "star"),
-        outline=False,
+    "village": World(
+        colours={"coral": (240, 84, 60), "plum": (110, 16, 84), "cobalt": (20, 70, 190), "pine": (10, 90, 60)},
+        backgrounds={"cream": (252, 246, 222), "glacier": (150, 226, 236)},
+        shapes=("house", "heart", "star"),
+        outline=True,
     ),
 }
 SIZE_WORDS = {"small": ("small", "small", "little"), "large": ("large", "large", "big")}
