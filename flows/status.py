@@ -1,4 +1,4 @@
-"""fresco status: what serves, why, since when, what served before, and whether the endpoint answers.
+"""fresco status: what serves, why, since when, what served before, whether the endpoint answers, what the loop does.
 
 It changes nothing but the journal, and that only where a crash left a line out.
 """
@@ -13,10 +13,23 @@ from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_DATASET, TAG_RU
 from cluster.serving import readiness
 from flows.config import Config
 from flows.console import program, say
+from flows.loop_status import loop_of, told_of_loop
 from flows.serve import endpoint_of
 
 NUM_DECISIONS = 10
-UNTOLD = ("time", "event", "reasons", "scorecard", "checks", "gate", "move")
+UNTOLD = (
+    "time",
+    "event",
+    "reasons",
+    "scorecard",
+    "checks",
+    "gate",
+    "move",
+    "streams",
+    "statistics",
+    "numbers",
+    "cursor",
+)
 """Too long for a line."""
 
 
@@ -32,6 +45,7 @@ def run(config: Config) -> dict[str, Any]:
         **{alias: _version(registry.by_alias(config.name, alias)) for alias in (CHAMPION, PREVIOUS, CHALLENGER)},
         "lease": _lease(read_lease(registry.lock_path(config.name))),
         "endpoint": None if endpoint is None else {**endpoint, **_state(endpoint["url"])},
+        "loop": loop_of(workspace, journal),
         "decisions": journal[-NUM_DECISIONS:],
     }
     if found["champion"] is not None:
@@ -89,6 +103,8 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
         say(f"endpoint   {endpoint['url']} {endpoint['status']}, version {endpoint['model_version']}")
         if champion is not None and endpoint["model_version"] != champion["version"]:
             say(f"           it does not serve the champion; next: {program()} serve --detach")
+    for text in told_of_loop(found["loop"]):
+        say(text)
     for line in found["decisions"]:
         numbers = {key: value for key, value in line.items() if key not in UNTOLD}
         say(f"  {line['time']} {line['event']} {' '.join(f'{key}={value}' for key, value in numbers.items())}")
