@@ -163,18 +163,21 @@ def promote(
     shared: Shared,
     model: Model,
     force: Annotated[bool, typer.Option("--force", help="Promote in spite of the gate; journaled as forced.")] = False,
+    challenger: Annotated[bool, typer.Option("--challenger", help="Try it on traffic; nothing is decided.")] = False,
 ) -> None:
     """Compare MODEL with the champion and make it the champion if the gate lets it through."""
-    shared.run("promote", lambda flow, config: flow.run(config, model, force))
+    shared.run("challenge" if challenger else "promote", lambda flow, config: flow.run(config, model, force))
 
 
 @verb
 def rollback(
     shared: Shared,
     reason: Annotated[str, typer.Option("--reason", help="Why; goes into the journal.")] = "",
+    challenger: Annotated[bool, typer.Option("--challenger", help="End the challenger's trial instead.")] = False,
 ) -> None:
     """Make the previous champion the champion again."""
-    shared.run("rollback", lambda flow, config: flow.run(config, reason))
+    action = "stop" if challenger else "run"
+    shared.run("challenge" if challenger else "rollback", lambda flow, config: getattr(flow, action)(config, reason))
 
 
 @verb

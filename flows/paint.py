@@ -6,7 +6,7 @@ picture `finish.Finisher`'s. Prompts are judged and encoded in the thread that s
 
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,14 @@ class EnginePainter:
         return self.lineup.waiting
 
     def swap(self, arguments: Mapping[str, Any]) -> None:
-        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on."""
-        self.lineup.follow(arguments["model"], arguments.get("challenger"))
+        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on.
+
+        The challenger's share of the requests is what is written from now on.
+        """
+        lineup, written = self.lineup, arguments.get("versions", {})
+        share = written.get("challenger_share", lineup.settings.challenger_share)
+        lineup.settings = replace(lineup.settings, challenger_share=share)
+        lineup.follow(arguments["model"], arguments.get("challenger"))
 
     def close(self) -> None:
         self._ending = True
@@ -155,7 +161,7 @@ class EnginePainter:
     def _maker(self, job: Job, role: Role, event: Event, watch: Stopwatch | None) -> MakeEvent | None:
         """Return what makes an event of the routes of one of the engine; None where they have none."""
         if isinstance(event, Done):
-            self._tallies.done(role, event.waited_s + event.drawn_s)
+            self._tallies.done(role, event.waited_s + event.drawn_s, _step_s(job, event))
             # Taken here and now: a version that has ended is forgotten.
             info = self.lineup.facts(event.version)
             return partial(self._finisher.finish, job, event.pictures, info, role, watch)
@@ -253,6 +259,11 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         partial_images=order.partial_images if order.stream else 0,
         progress=job.timed,
     )
+
+
+def _step_s(job: Job, event: Done) -> float | None:
+    """Seconds for each step; an edit makes fewer than it names."""
+    return event.drawn_s / job.order.rows[0]["steps"] if job.upload is None else None
 
 
 def _raise(error: ApiError) -> PaintEvent:

@@ -1,8 +1,8 @@
 """fresco promote: register a model, let the gate compare it with the champion, and make it the champion or say why not.
 
-In order: find it, register it as challenger, start it on the real serving path, have its scorecard, measure it beside
-the champion, decide (`components/policy.py`), move the aliases, write card, tags and journal, let old versions retire.
-Where another promotion came first, the comparison is made again with the new champion.
+In order: find it, register it (without an alias), start it on the real serving path, have its scorecard, measure it
+beside the champion, decide (`components/policy.py`), move the aliases, write card, tags and journal, let old versions
+retire. Where another promotion came first, the comparison is made again with the new champion.
 """
 
 import time
@@ -10,15 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.artifacts import Workspace, append_journal, open_workspace
-from cluster.champion import NO_CHAMPION, PROMOTE, RETIRE, Move, move_champion, retire, set_challenger, settle
+from cluster.champion import NO_CHAMPION, PROMOTE, RETIRE, Move, drop_challenger, move_champion, retire, settle
 from cluster.errors import ChampionMovedError, RegistryError
+from cluster.judging import judging
 from cluster.registry import (
     CHAMPION,
     PREVIOUS,
-    TAG_BASE,
     TAG_DATASET,
-    TAG_MODEL_FINGERPRINT,
-    TAG_PARENT,
     TAG_RETIRED,
     Registry,
     Version,
@@ -34,7 +32,7 @@ from flows.console import program, say, step
 from flows.decision_report import write_decision
 from flows.gather import Contest, gather
 from flows.keep import delete_weights, has_card, write_card, write_evidence
-from flows.models import ResolvedModel, keep_in_workspace, resolve_model
+from flows.models import ResolvedModel, register_version, resolve_model
 from flows.rehearse import rehearse
 
 ATTEMPTS = 3
@@ -66,22 +64,19 @@ def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
         say(repair)
     found = resolve_model(config, model)
     step(f"promote {found.name} (weights {found.fingerprint})")
-    version = _register(config, workspace, registry, found)
+    version = register_version(config, registry, found)
     champion = registry.by_alias(config.name, CHAMPION)
     if champion is not None and champion.number == version.number:
         return _unchanged(config, registry, champion, evaluate.run(config, model))
-    set_challenger(registry, config.name, version.number)
-    try:
+    with judging(registry, config.name, version.number, notify=say):
         return _contest(config, workspace, registry, replace(found, version=version.number), model, force)
-    finally:
-        set_challenger(registry, config.name, None)
 
 
 def plan(config: Config) -> list[str]:
     """Say what `run` would do."""
     gate = config.gate
     return [
-        f"find the model and register it as a version of {config.name} with its lineage, as challenger",
+        f"find the model and register it as a version of {config.name} with its lineage",
         f"start it on the serving path, ask for pictures (at most {gate.time_budget_s:g} s), compare with the sampler",
         "evaluate it, unless its scorecard is there",
         "measure it beside the champion: new data, the champion's own data, anchor prompts",
@@ -110,17 +105,6 @@ def _contest(
                 raise
             say(f"{error}; comparing with that one")
     raise AssertionError("unreachable")
-
-
-def _register(config: Config, workspace: Workspace, registry: Registry, model: ResolvedModel) -> Version:
-    if model.version is not None:
-        return registry.by_number(config.name, model.version)
-    directory = keep_in_workspace(workspace, model)
-    tags = {**model.lineage, TAG_MODEL_FINGERPRINT: model.fingerprint}
-    base = tags.get(TAG_BASE)
-    parents = [v for v in registry.versions(config.name) if base and v.tags.get(TAG_MODEL_FINGERPRINT) == base]
-    tags |= {TAG_PARENT: parents[-1].uri} if parents else {}
-    return registry.register(config.name, directory, tags, model.mlflow_run_id)
 
 
 def _judge(
@@ -209,6 +193,11 @@ def _refused(
     config: Config, workspace: Workspace, registry: Registry, judged: Judged, line: dict[str, Any]
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
+    number = judged.version.number
+    if line["decision"] == "reject" and drop_challenger(
+        registry, config.name, number, [f"version {number} was rejected"]
+    ):
+        say(f"version {number} is the challenger no more")
     champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
     result = _result(line, judged.evaluated["scorecard"], judged.version, champion, previous)
     append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
 from cluster.champion import reigns, settle
+from cluster.judging import judged_now
 from cluster.lease import Lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
 from cluster.serving import readiness
@@ -43,6 +44,7 @@ def run(config: Config) -> dict[str, Any]:
     endpoint = endpoint_of(workspace)
     found: dict[str, Any] = {
         **{alias: _version(registry.by_alias(config.name, alias)) for alias in (CHAMPION, PREVIOUS, CHALLENGER)},
+        "judging": judged_now(registry, config.name),
         "lease": _lease(read_lease(registry.lock_path(config.name))),
         "endpoint": None if endpoint is None else {**endpoint, **_state(endpoint["url"])},
         "loop": loop_of(workspace, journal),
@@ -93,6 +95,8 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
             say(f"           {reason}")
     if found["challenger"] is not None:
         say(f"challenger version {found['challenger']['version']} is being tried (run {found['challenger']['run_id']})")
+    for number in found["judging"]:
+        say(f"candidate  version {number} is being judged")
     if previous is not None:
         say(f"previous   version {previous['version']} (run {previous['run_id']}, dataset {previous['dataset']})")
     if found["lease"] is not None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from cluster.artifacts import open_workspace, read_json
 from cluster.champion import set_challenger
-from cluster.registry import Registry
+from cluster.registry import CHALLENGER, Registry
 from flows.config import Config, with_overrides
 from flows.follow import ENDPOINT, Follower, read_wanted
 from flows.models import resolve_model
@@ -77,7 +77,7 @@ def test_challenger_is_written_beside_the_champion_where_it_has_a_share(config: 
     assert capsys.readouterr().err.count(f"the challenger is version {second}") == 1
     set_challenger(registry, "fresco", None)
     assert challenger(followers[1]) is None
-    set_challenger(registry, "fresco", first)
+    registry.set_alias("fresco", CHALLENGER, first)  # by other tools
     assert challenger(followers[1]) is None, "the champion is tried beside nobody"
     weights = changed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b"\0")

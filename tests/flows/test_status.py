@@ -30,6 +30,7 @@ def test_workspace_without_anything_has_nothing_and_is_left_alone(tmp_path: Path
         "champion": None,
         "previous": None,
         "challenger": None,
+        "judging": [],
         "lease": None,
         "endpoint": None,
         "loop": None,
