@@ -68,7 +68,7 @@ def run(config: Config, ledger: Ledger) -> dict[str, Any]:
                     _run_stage(desk, name)
                 except ENDS_A_CYCLE as error:
                     return _fail(desk, name, error)
-            if "ends" in cycle.stages[name]:
+            if "ends" in cycle.stages[name] or cycle.stages[name].get("watch") == ROLL_BACK:
                 break
     return _end(desk)
 

@@ -6,6 +6,7 @@ retire. Where another promotion came first, the comparison is made again with th
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,8 +57,17 @@ class Judged:
         return self.decision.verdict == "promote"
 
 
-def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
-    """Make `model` the champion if the gate lets it through, or with `force` anyway."""
+Objections = Callable[[int], list[str]]
+
+
+def run(
+    config: Config, model: str, force: bool = False, before_move: Objections = lambda version: []
+) -> dict[str, Any]:
+    """Make `model` the champion if the gate lets it through, or with `force` anyway.
+
+    `before_move` is asked last, when everything else is decided: what it objects to a version rejects it, and what it
+    raises leaves the aliases as they are.
+    """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
     for repair in settle(registry, config.name):
@@ -69,7 +79,8 @@ def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
     if champion is not None and champion.number == version.number:
         return _unchanged(config, registry, champion, evaluate.run(config, model))
     with judging(registry, config.name, version.number, notify=say):
-        return _contest(config, workspace, registry, replace(found, version=version.number), model, force)
+        found = replace(found, version=version.number)
+        return _contest(config, workspace, registry, found, model, force, before_move)
 
 
 def plan(config: Config) -> list[str]:
@@ -87,7 +98,13 @@ def plan(config: Config) -> list[str]:
 
 
 def _contest(
-    config: Config, workspace: Workspace, registry: Registry, found: ResolvedModel, model: str, force: bool
+    config: Config,
+    workspace: Workspace,
+    registry: Registry,
+    found: ResolvedModel,
+    model: str,
+    force: bool,
+    before_move: Objections,
 ) -> dict[str, Any]:
     """Judge and act; again when somebody else's promotion came in between."""
     served = rehearse(config, found)
@@ -95,8 +112,11 @@ def _contest(
         judged = _judge(config, workspace, registry, found, model, served)
         wanted = judged.passed or (force and not served.problem)
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
+        objections = before_move(judged.version.number) if wanted else []
+        if objections:
+            line |= {"decision": "reject", "forced": False, "reasons": [*objections, *line["reasons"]]}
         try:
-            if wanted:
+            if wanted and not objections:
                 move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
                 return _promoted(config, workspace, registry, judged, move, line)
             return _refused(config, workspace, registry, judged, line)

@@ -6,16 +6,17 @@ of the gate. One that returns `ends` ends the cycle with that decision; `reasons
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.artifacts import Workspace, read_journal, read_record
 from cluster.champion import PROMOTE
+from cluster.endpoint_numbers import Look
 from cluster.errors import RegistryError
-from cluster.registry import Registry
+from cluster.registry import CHAMPION, Registry
 from cluster.serving import READY_LIMIT_S
 from components.dataset import DatasetVersion
-from flows import evaluate, grow, prepare, promote, snapshot, train, tune
+from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.continual import continued
@@ -63,6 +64,8 @@ class Desk:
 
 def take_snapshot(desk: Desk) -> dict[str, Any]:
     """Freeze what arrived; a first champion is made from what the source holds when `prepare` reads it."""
+    begin = probation.look(desk.config)
+    desk.cycle.look = None if begin is None else asdict(begin)
     if desk.first:
         return {"parent": None, "new": 0}
     number = desk.cycle.champion_before or 0
@@ -167,13 +170,29 @@ def pass_gate(desk: Desk) -> dict[str, Any]:
     """Let the gate decide, once: what the journal says of this run in this cycle is its decision."""
     run_id = desk.result("train")["run_id"]
     line = gate_line(desk, run_id)
-    if line is None or not refused(line):
+    if line is None or _is_champion(desk, line):  # of the champion it only completes what a crash left out
         desk.ledger.confirm()
-        promote.run(desk.config, run_id)  # of a run that is champion already it only completes what a crash left out
+        promote.run(desk.config, run_id, before_move=lambda version: _objections(desk, version))
         line = gate_line(desk, run_id) or {}
     keys = ("decision", "version", "reasons", "report")
     numbers = {key: line.get(key) for key in keys}
     return {**numbers, "ends": REFUSED} if refused(line) else numbers
+
+
+def _objections(desk: Desk, version: int) -> list[str]:
+    """Try the version on traffic, note what the champion did meanwhile or since the cycle began; under the lease."""
+    tried = {"decision": probation.KEEP, "numbers": {}} if desk.first else probation.try_out(desk.config, version, say)
+    before = tried["numbers"].get("before")
+    if before is None and desk.cycle.look is not None:
+        before = probation.since(desk.config, Look(**desk.cycle.look))
+    desk.cycle.before = before
+    desk.ledger.save()
+    return list(tried["reasons"]) if tried["decision"] == probation.ROLL_BACK else []
+
+
+def _is_champion(desk: Desk, line: dict[str, Any]) -> bool:
+    champion = desk.registry.by_alias(desk.config.name, CHAMPION)
+    return champion is not None and champion.number == line["version"]
 
 
 def refused(line: dict[str, Any]) -> bool:
@@ -211,6 +230,13 @@ def deploy(desk: Desk) -> dict[str, Any]:
     return {"url": None, "model_version": None, "why": "no endpoint runs"}
 
 
+def watch(desk: Desk) -> dict[str, Any]:
+    """Watch the new champion at the endpoint; one that must not stay is rolled back when the cycle ends."""
+    found = probation.watch(desk.config, desk.result("gate")["version"], desk.cycle.before, say)
+    numbers = {"verdict": found["decision"], "why": "; ".join(found["reasons"]), "compared": found["numbers"]}
+    return {**numbers, "watch": ROLL_BACK} if found["decision"] == probation.ROLL_BACK else numbers
+
+
 STAGES = {
     "snapshot": take_snapshot,
     "prepare": prepare_version,
@@ -219,5 +245,6 @@ STAGES = {
     "evaluate": evaluate_run,
     "gate": pass_gate,
     "deploy": deploy,
+    "watch": watch,
 }
 NEED_RAY = ("prepare", "search", "train", "evaluate", "gate")
