@@ -9,13 +9,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.artifacts import Workspace, read_journal, read_record
+from cluster.artifacts import Workspace, read_journal, read_json, read_record
 from cluster.champion import PROMOTE
 from cluster.endpoint_numbers import Look
 from cluster.errors import RegistryError
 from cluster.registry import CHAMPION, Registry
 from cluster.serving import READY_LIMIT_S
-from components.dataset import DatasetVersion
+from components.dataset import CARD, DatasetVersion
 from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
@@ -82,16 +82,26 @@ def prepare_version(desk: Desk) -> dict[str, Any]:
     """Grow the champion's dataset by the frozen arrivals, or make the first version."""
     if desk.first:
         dataset = prepare.ensure_dataset(desk.config)
+        _tell_of(desk, dataset)
         return {"dataset": dataset.id, "images": len(dataset.items), "added": len(dataset.items)}
     parent, _ = named_version(desk.workspace, desk.result("snapshot")["parent"])
     found = desk.result("snapshot")["new"]
     dataset = grow.grow(desk.config, parent, snapshot.thaw(desk.workspace, desk.cycle.id)) if found else parent
+    _tell_of(desk, dataset)
     added = len(dataset.items) - len(parent.items)
     numbers = {"dataset": dataset.id, "images": len(dataset.items), "added": added}
     if not added:
         told = f"none of {found} arrivals is a picture that {parent.id} lacks" if found else "nothing arrived"
         return {**numbers, "ends": REFUSED, "reasons": [f"nothing to learn from: {told}"]}
     return numbers
+
+
+def _tell_of(desk: Desk, dataset: DatasetVersion) -> None:
+    """Journal a version whose maker was killed just after it was complete."""
+    card = read_json(dataset.directory / CARD) or {}
+    numbers = {"images": len(dataset.items), "rejected": len(card.get("rejected_items", []))}
+    parent = {"parent": card["parent"]} if "parent" in card else {}
+    desk.ledger.tell("dataset", {"dataset": dataset.id}, **numbers, **parent)
 
 
 def search_recipe(desk: Desk) -> dict[str, Any]:
