@@ -27,6 +27,7 @@ from flows.models import ResolvedModel, resolve_model
 from flows.serve import endpoint_of
 
 REFUSED, ROLL_BACK = "refused", "roll_back"
+REPLACED = "the champion was changed by hand meanwhile"
 POLL_S = 0.25
 
 
@@ -180,10 +181,10 @@ def pass_gate(desk: Desk) -> dict[str, Any]:
     """Let the gate decide, once: what the journal says of this run in this cycle is its decision."""
     run_id = desk.result("train")["run_id"]
     line = gate_line(desk, run_id)
-    if line is None or _is_champion(desk, line):  # of the champion it only completes what a crash left out
+    if line is None or is_champion(desk, line["version"]):  # of the champion it only completes what a crash left out
         desk.ledger.confirm()
-        promote.run(desk.config, run_id, before_move=lambda version: _objections(desk, version))
-        line = gate_line(desk, run_id) or {}
+        result = promote.run(desk.config, run_id, before_move=lambda version: _objections(desk, version))
+        line = gate_line(desk, run_id) or result  # no line: it was made champion by hand before this cycle began
     keys = ("decision", "version", "reasons", "report")
     numbers = {key: line.get(key) for key in keys}
     return {**numbers, "ends": REFUSED} if refused(line) else numbers
@@ -200,9 +201,9 @@ def _objections(desk: Desk, version: int) -> list[str]:
     return list(tried["reasons"]) if tried["decision"] == probation.ROLL_BACK else []
 
 
-def _is_champion(desk: Desk, line: dict[str, Any]) -> bool:
+def is_champion(desk: Desk, version: int) -> bool:
     champion = desk.registry.by_alias(desk.config.name, CHAMPION)
-    return champion is not None and champion.number == line["version"]
+    return champion is not None and champion.number == version
 
 
 def refused(line: dict[str, Any]) -> bool:
@@ -228,6 +229,8 @@ def deploy(desk: Desk) -> dict[str, Any]:
     while (running := endpoint_of(desk.workspace)) is not None:
         if running["model_version"] == number:
             return {"url": running["url"], "model_version": number}
+        if not is_champion(desk, number):
+            return {"url": running["url"], "model_version": running["model_version"], "why": REPLACED}
         waited = time.monotonic() - began
         if waited > READY_LIMIT_S:
             why = f"the endpoint did not draw with version {number} within {READY_LIMIT_S:.0f} s; its log says why"
@@ -242,7 +245,10 @@ def deploy(desk: Desk) -> dict[str, Any]:
 
 def watch(desk: Desk) -> dict[str, Any]:
     """Watch the new champion at the endpoint; one that must not stay is rolled back when the cycle ends."""
-    found = probation.watch(desk.config, desk.result("gate")["version"], desk.cycle.before, say)
+    version = desk.result("gate")["version"]
+    if not is_champion(desk, version):
+        return {"verdict": probation.KEEP, "why": REPLACED, "compared": {}}
+    found = probation.watch(desk.config, version, desk.cycle.before, say)
     numbers = {"verdict": found["decision"], "why": "; ".join(found["reasons"]), "compared": found["numbers"]}
     return {**numbers, "watch": ROLL_BACK} if found["decision"] == probation.ROLL_BACK else numbers
 
