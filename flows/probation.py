@@ -24,7 +24,8 @@ from cluster.endpoint_numbers import (
     look_at,
     numbers_of,
 )
-from cluster.errors import ChallengerBusyError
+from cluster.errors import ChallengerBusyError, StorageError
+from cluster.proxy_face import ASLEEP
 from cluster.registry import Registry
 from cluster.serving import APPLICATION, readiness
 from components.probation import Decay, Judgement, Limits, Numbers, judge
@@ -39,6 +40,9 @@ LOAD_LIMIT_S = 300.0
 POLL_S = 0.5
 TRAFFIC_SHARE = 0.1
 """Of `retrain.watch_s`: if no request ends for so long there is no traffic, and nothing is tried."""
+SILENT = "it does not answer"
+OF_CHALLENGER = "the challenger"
+"""In the error of a challenger that could not be loaded, which says nothing about the champion."""
 KEEP, ROLL_BACK, TOO_FEW = "keep", "roll_back", "not_enough_requests"
 
 Notify = Callable[[str], None]
@@ -51,7 +55,10 @@ def look(config: Config) -> Look | None:
 
 
 def since(config: Config, begin: Look | None) -> dict[str, Any] | None:
-    """Return what the champion did since a look: what `watch` takes as `before`. Call it before the alias moves."""
+    """Return what the champion did since a look: what `watch` takes as `before`. Call it before the alias moves.
+
+    A loop does so in the function that it gives to `promote.run` as `tryout`, where it calls `try_out` as well.
+    """
     end = look(config)
     if begin is None or end is None:
         return None
@@ -100,7 +107,7 @@ def try_out(config: Config, version: int, notify: Notify = say) -> dict[str, Any
         try:
             registry = Registry(workspace, config.placement.tracking_uri)
             tried.enter_context(trying(registry, config.name, version, share))
-        except ChallengerBusyError as error:
+        except (ChallengerBusyError, StorageError) as error:
             return _told(KEEP, str(error), "nothing was tried")
         notify(f"version {version} answers {share:.0%} of requests at {url} for {watch_s:g} s")
         problem = _wait_until_drawn(config, url, "challenger", version)
@@ -122,10 +129,10 @@ def _compare(
         _sleep_until(start + section.watch_s * turn / LOOKS)
         if endpoint_of(open_workspace(config.workspace)) is None:
             return _told(TOO_FEW, "the endpoint was ended while it was watched")
-        problem = _problem(url)
-        silent = silent + 1 if problem else 0
+        state, error = _state(url)
+        silent = silent + 1 if state in (SILENT, "failed") else 0
         if silent > 1:
-            return _told(ROLL_BACK, f"the endpoint serves no more: {problem}")
+            return _told(ROLL_BACK, f"the endpoint serves no more: {error or state}")
         end = _look(config, url)
         if begin is None or end is None:
             begin = begin or end
@@ -149,12 +156,13 @@ def _wait_until_drawn(config: Config, url: str, role: str, version: int) -> str:
     start, begin = time.monotonic(), _look(config, url)
     drawn = False
     while time.monotonic() - start < LOAD_LIMIT_S:
-        now = _look(config, url)
+        now, (state, error) = _look(config, url), _state(url)
         drawn = now is not None and draws_everywhere(now, role, version)
-        if now is not None and drawn and is_drained(now):
-            return ""
-        if now is not None and begin is not None and not drawn and _failed_to_load(begin, now):
-            return f"version {version} could not be loaded: {_problem(url) or 'the log of the endpoint says why'}"
+        if state == ASLEEP or (now is not None and drawn and is_drained(now)):
+            return ""  # what sleeps loads the new version when somebody asks
+        of_another = role == "champion" and OF_CHALLENGER in error
+        if now is not None and begin is not None and not drawn and not of_another and _failed_to_load(begin, now):
+            return f"version {version} could not be loaded: {error or 'the log of the endpoint says why'}"
         if endpoint_of(open_workspace(config.workspace)) is None:
             return "the endpoint was ended"
         threading.Event().wait(POLL_S)
@@ -178,12 +186,10 @@ def _has_traffic(config: Config, url: str, wait_s: float) -> bool:
     return False
 
 
-def _problem(url: str) -> str:
-    """Why the endpoint serves no more, or not what it should; empty while it does."""
+def _state(url: str) -> tuple[str, str]:
+    """Return what /readyz says: the state, and why the endpoint does not draw with what it should."""
     status = readiness(url)
-    if status is None:
-        return "it does not answer"
-    return str(status.get("error") or "") if status["status"] in ("failed", "ready") else ""
+    return (SILENT, "") if status is None else (status["status"], str(status.get("error") or ""))
 
 
 def _look(config: Config, url: str) -> Look | None:

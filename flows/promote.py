@@ -25,19 +25,21 @@ from cluster.registry import (
 from components import decision_page
 from components.errors import NonFiniteError
 from components.evidence import Champion, Evidence, NewData
-from components.policy import Decision, decide
+from components.policy import CANARY, Check, Decision, Outcome, decide, with_check
 from components.scorecard import SLICE
 from flows import evaluate
 from flows.config import Config
 from flows.console import program, say, step
 from flows.decision_report import write_decision
 from flows.gather import Contest, gather
-from flows.keep import delete_weights, has_card, write_card, write_evidence
+from flows.keep import delete_weights, has_card, pin_reference, write_card, write_evidence
 from flows.models import ResolvedModel, register_version, resolve_model
 from flows.rehearse import rehearse
 
 ATTEMPTS = 3
 """Comparisons made again because the champion changed meanwhile."""
+Tryout = Callable[[int], dict[str, Any]]
+"""Tries a version that passed the gate on traffic, before it is champion: `probation.try_out` without its config."""
 FORCED = "forced: promoted in spite of the gate, on request"
 
 
@@ -57,16 +59,17 @@ class Judged:
         return self.decision.verdict == "promote"
 
 
-Objections = Callable[[int], list[str]]
-
-
 def run(
-    config: Config, model: str, force: bool = False, before_move: Objections = lambda version: []
+    config: Config,
+    model: str,
+    force: bool = False,
+    tryout: Tryout | None = None,
+    confirm: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Make `model` the champion if the gate lets it through, or with `force` anyway.
 
-    `before_move` is asked last, when everything else is decided: what it objects to a version rejects it, and what it
-    raises leaves the aliases as they are.
+    With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
+    `confirm` is called just before the alias moves: what it raises leaves everything as it is.
     """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
@@ -79,8 +82,8 @@ def run(
     if champion is not None and champion.number == version.number:
         return _unchanged(config, registry, champion, evaluate.run(config, model))
     with judging(registry, config.name, version.number, notify=say):
-        found = replace(found, version=version.number)
-        return _contest(config, workspace, registry, found, model, force, before_move)
+        candidate = replace(found, version=version.number)
+        return _contest(config, workspace, registry, candidate, (model, force, tryout, confirm))
 
 
 def plan(config: Config) -> list[str]:
@@ -102,21 +105,20 @@ def _contest(
     workspace: Workspace,
     registry: Registry,
     found: ResolvedModel,
-    model: str,
-    force: bool,
-    before_move: Objections,
+    asked: tuple[str, bool, Tryout | None, Callable[[], object]],
 ) -> dict[str, Any]:
-    """Judge and act; again when somebody else's promotion came in between."""
+    """Judge, perhaps try, and act; again when somebody else's promotion came in between. `asked` is `run`'s."""
+    model, force, tryout, confirm = asked
     served = rehearse(config, found)
     for attempt in range(1, ATTEMPTS + 1):
         judged = _judge(config, workspace, registry, found, model, served)
+        if judged.passed and judged.champion != NO_CHAMPION and tryout is not None:
+            judged = _tried(judged, tryout)
         wanted = judged.passed or (force and not served.problem)
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
-        objections = before_move(judged.version.number) if wanted else []
-        if objections:
-            line |= {"decision": "reject", "forced": False, "reasons": [*objections, *line["reasons"]]}
         try:
-            if wanted and not objections:
+            if wanted:
+                confirm()
                 move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
                 return _promoted(config, workspace, registry, judged, move, line)
             return _refused(config, workspace, registry, judged, line)
@@ -125,6 +127,15 @@ def _contest(
                 raise
             say(f"{error}; comparing with that one")
     raise AssertionError("unreachable")
+
+
+def _tried(judged: Judged, tryout: Tryout) -> Judged:
+    """Add what the traffic says; where nothing could be shown, the gate's word stands."""
+    found = tryout(judged.version.number)
+    shown = found["decision"] if found["numbers"] else "nothing"
+    outcomes: dict[str, Outcome] = {"keep": "pass", "roll_back": "fail"}
+    check = Check(CANARY, outcomes.get(shown, "skipped"), "on traffic: " + "; ".join(found["reasons"]))
+    return replace(judged, decision=with_check(judged.decision, check))
 
 
 def _judge(
@@ -203,6 +214,7 @@ def _promoted(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
+    pin_reference(config, judged.version.number)
     result = _result(line, judged.evaluated["scorecard"], judged.version, move.champion, move.previous)
     _tell(config, result)
     _retire(config, workspace, registry)

@@ -183,22 +183,25 @@ def pass_gate(desk: Desk) -> dict[str, Any]:
     line = gate_line(desk, run_id)
     if line is None or is_champion(desk, line["version"]):  # of the champion it only completes what a crash left out
         desk.ledger.confirm()
-        result = promote.run(desk.config, run_id, before_move=lambda version: _objections(desk, version))
+        result = promote.run(
+            desk.config, run_id, tryout=lambda version: _tryout(desk, version), confirm=desk.ledger.confirm
+        )
         line = gate_line(desk, run_id) or result  # no line: it was made champion by hand before this cycle began
     keys = ("decision", "version", "reasons", "report")
     numbers = {key: line.get(key) for key in keys}
     return {**numbers, "ends": REFUSED} if refused(line) else numbers
 
 
-def _objections(desk: Desk, version: int) -> list[str]:
-    """Try the version on traffic, note what the champion did meanwhile or since the cycle began; under the lease."""
-    tried = {"decision": probation.KEEP, "numbers": {}} if desk.first else probation.try_out(desk.config, version, say)
+def _tryout(desk: Desk, version: int) -> dict[str, Any]:
+    """Try the version on traffic; note what the champion did meanwhile, or since the cycle began."""
+    desk.ledger.confirm()
+    tried = probation.try_out(desk.config, version, say)
     before = tried["numbers"].get("before")
     if before is None and desk.cycle.look is not None:
         before = probation.since(desk.config, Look(**desk.cycle.look))
     desk.cycle.before = before
     desk.ledger.save()
-    return list(tried["reasons"]) if tried["decision"] == probation.ROLL_BACK else []
+    return tried
 
 
 def is_champion(desk: Desk, version: int) -> bool:

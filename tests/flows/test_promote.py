@@ -387,3 +387,52 @@ def test_challenger_is_named_and_unnamed_by_hand(config, make_model, capsys) -> 
     ]
     set_challenger(registry_of(config), "fresco", 2)
     assert rollback.plan(config) and challenge.plan(config)
+
+
+def tryout_of(decision: str, numbers: dict[str, Any], asked: list[int]) -> Callable[[int], dict[str, Any]]:
+    def tryout(number: int) -> dict[str, Any]:
+        asked.append(number)
+        return {"decision": decision, "reasons": ["12 of 40 requests failed"], "numbers": numbers}
+
+    return tryout
+
+
+@pytest.mark.parametrize(
+    ("told", "numbers", "decision", "outcome"),
+    [
+        ("keep", {"after": {}}, "promote", "pass"),
+        ("roll_back", {"after": {}}, "reject", "fail"),
+        ("not_enough_requests", {"after": {}}, "promote", "skipped"),
+        ("keep", {}, "promote", "skipped"),
+    ],
+)
+def test_candidate_that_fails_on_traffic_is_rejected(config, make_model, told, numbers, decision, outcome) -> None:
+    asked: list[int] = []
+    for run_id, scale in (("fresco-a", WORST), ("fresco-b", BEST)):
+        make_model(run_id, scale)
+        result = promote.run(config, run_id, tryout=tryout_of(told, numbers, asked))
+    assert asked == [2], "the first champion has nothing to be compared with"
+    assert result["decision"] == decision and outcomes(result)["canary"] == outcome
+    assert result["champion"] == (2 if decision == "promote" else 1)
+    assert (result["reasons"][0] == "on traffic: 12 of 40 requests failed") == (decision == "reject")
+    assert "A share of the traffic" in Path(result["report"]).read_text()
+
+
+def test_what_the_gate_refuses_is_not_tried_on_traffic(config, make_model) -> None:
+    asked: list[int] = []
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST)):
+        make_model(run_id, scale)
+        result = promote.run(config, run_id, tryout=tryout_of("keep", {}, asked))
+    assert result["decision"] == "reject" and asked == [] and "canary" not in outcomes(result)
+
+
+def test_promotion_pins_the_monitors_reference_and_stands_where_that_fails(config, make_model, capsys) -> None:
+    make_model("fresco-a", WORST)
+    promote.run(config, "fresco-a")
+    pinned = open_workspace(config.workspace).root / "monitor" / "reference" / "fresco"
+    assert (pinned / "version-1" / "record.json").is_file()
+    make_model("fresco-b", BEST)
+    astray = config.model_copy(update={"monitor": config.monitor.model_copy(update={"encoder": "nowhere"})})
+    assert promote.run(astray, "fresco-b")["champion"] == 2
+    assert "the reference of version 2 is not pinned yet" in capsys.readouterr().err
+    assert not (pinned / "version-2").exists()
