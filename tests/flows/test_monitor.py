@@ -163,7 +163,7 @@ def test_budget_is_spent_by_tests_alone_whatever_the_clock_does(world: Path, wor
     spent = first["spent"]
     assert first["tested"] and spent > 0
     same = looked(config, days=1)
-    assert same["reasons"][0].startswith("nothing has arrived since") and same["streams"] == first["streams"]
+    assert same["reasons"][0].startswith("nothing has changed since") and same["streams"] == first["streams"]
     put(source, "base", range(60))
     for days in (1e-5, -1 / 24):  # a second later; and an hour before, by a clock that was set back
         again = looked(config, days)
@@ -281,7 +281,7 @@ def test_files_that_may_still_change_are_waited_for(world: Path, workspace: Path
     source = tmp_path / "source"
     put(source, "base", range(30))
     config = with_overrides(config_of(workspace, source), {"monitor.settle_s": 60.0})
-    assert looked(config)["window"]["waiting"] == {CHANGING: 60}
+    assert looked(config)["window"]["waiting"] == {CHANGING: 30}
     assert looked(config, days=61 / DAY_S)["window"]["pictures"] == 30
     quick = with_overrides(config_of(workspace, world / "same"), {"monitor.settle_s": 0.01})
     assert monitor.run(quick, wait=True)["tested"]
