@@ -15,6 +15,8 @@ from components.story import PROMOTE, WAIT, Cycle, Dataset, Entry, Judgement, Lo
 Line = Mapping[str, Any]
 MOST_REASONS = 3
 """Different reasons that a group of waits keeps."""
+YEARS = range(1970, 2200)
+"""Of a clock, even one that was never set; other years are no times but accidents, and would stretch any axis."""
 SHOWN = ("decision", "verdict", "stage", "state", "version", "champion", "previous", "dataset", "images", "search")
 
 
@@ -56,7 +58,7 @@ def time_of(text: Any) -> float | None:
     """Return Unix seconds of a journal's time; None for anything else."""
     try:
         moment = datetime.fromisoformat(text)
-        return moment.timestamp() if moment.tzinfo is not None else None
+        return moment.timestamp() if moment.tzinfo is not None and moment.year in YEARS else None
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -98,14 +98,10 @@ def _decision(decision: dict[str, Any]) -> list[str]:
 
 def _run(run: dict[str, Any]) -> list[str]:
     recipe = ", ".join(f"{key} {value}" for key, value in run["recipe"].items())
-    loss = (
-        f"validation loss {run['eval_loss_first']} -> {run['eval_loss_last']}"
-        if run["eval_loss_last"] is not None
-        else ""
-    )
+    losses = [f"validation loss {run['eval_loss_first']} -> {run['eval_loss_last']}"] if run["eval_loss_last"] else []
     return [
-        f"{run['id']}: {run['steps']} steps, {loss}",
-        f"recipe: {recipe}",
+        ", ".join([f"{run['id']}: {run['steps']} steps", *losses]),
+        f"recipe: {recipe or 'not in the record'}",
         f"base: {run['base']}, finished {run['finished']}",
     ]
 

@@ -117,6 +117,7 @@ def test_clock_that_went_back_is_counted_and_order_stays_that_of_the_lines() -> 
         {},
         {"event": "monitor"},
         {"time": "yesterday", "event": "monitor"},
+        {"time": "0001-01-01T00:00:00Z", "event": "monitor"},
         {"time": "2026-11-22T10:00:00", "event": "monitor"},  # of which time zone?
         {"time": "2026-11-22T10:00:00Z", "event": ["monitor"]},
         {"time": "2026-11-22T10:00:00Z", "event": "monitor"},
