@@ -38,6 +38,7 @@ from flows.rehearse import rehearse
 
 ATTEMPTS = 3
 """Comparisons made again because the champion changed meanwhile."""
+Confirm = Callable[[], object]
 Tryout = Callable[[int], dict[str, Any]]
 """Tries a version that passed the gate on traffic, before it is champion: `probation.try_out` without its config."""
 FORCED = "forced: promoted in spite of the gate, on request"
@@ -60,11 +61,7 @@ class Judged:
 
 
 def run(
-    config: Config,
-    model: str,
-    force: bool = False,
-    tryout: Tryout | None = None,
-    confirm: Callable[[], object] = lambda: None,
+    config: Config, model: str, force: bool = False, tryout: Tryout | None = None, confirm: Confirm = lambda: None
 ) -> dict[str, Any]:
     """Make `model` the champion if the gate lets it through, or with `force` anyway.
 
@@ -105,7 +102,7 @@ def _contest(
     workspace: Workspace,
     registry: Registry,
     found: ResolvedModel,
-    asked: tuple[str, bool, Tryout | None, Callable[[], object]],
+    asked: tuple[str, bool, Tryout | None, Confirm],
 ) -> dict[str, Any]:
     """Judge, perhaps try, and act; again when somebody else's promotion came in between. `asked` is `run`'s."""
     model, force, tryout, confirm = asked
