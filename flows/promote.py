@@ -229,7 +229,8 @@ def _refused(
         say(f"version {number} is the challenger no more")
     champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
     result = _result(line, judged.evaluated["scorecard"], judged.version, champion, previous)
-    append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})
+    numbers = {key: result[key] for key in ("version", "champion", "previous")}
+    append_journal(workspace, PROMOTE, name=config.name, **{**line, **numbers})
     _tell(config, result)
     return result
 
@@ -282,10 +283,6 @@ def _result(
         "evaluation": line["evaluation"],
         "scorecard": scorecard,
     }
-
-
-def _numbers_of(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: result[key] for key in ("version", "champion", "previous")}
 
 
 def _tell(config: Config, result: dict[str, Any]) -> None:
