@@ -40,7 +40,7 @@ class RetrainSection(Section):
     """When to train again, on what budget, and how a new champion is watched."""
 
     schedule: str = ""
-    """Cron expression such as "0 3 * * 1"; empty: no schedule. Ticks that were missed count as one."""
+    """Cron expression such as "0 3 * * 1" (Mondays at 03:00); empty: no schedule. Missed ticks count as one."""
     time_zone: str = "UTC"
     """IANA name of the schedule's time zone."""
     min_new_images: int = Field(200, ge=0)
@@ -96,3 +96,10 @@ class RetrainSection(Section):
         except (ZoneInfoNotFoundError, ValueError, OSError):
             raise ValueError("expected an IANA time zone such as Europe/Berlin") from None
         return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _readable(cls, expression: str) -> str:
+        from components.schedule import check
+
+        return check(expression) if expression else expression

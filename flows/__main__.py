@@ -4,9 +4,7 @@ Human text goes to stderr; with --json, stdout is exactly one JSON object. Exit 
 decided; 1 it failed; 2 the command or config is wrong and nothing was touched.
 """
 
-import functools
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -18,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from cluster.signals import ended_by_signals
-from flows.console import explain, say
+from flows.command import as_command
+from flows.console import explain, keep_stdout_clean, say
 
 app = typer.Typer(
     name="fresco",
@@ -51,14 +50,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _keep_stdout_clean() -> int:
-    """Send whatever libraries print to stderr; return a descriptor of the real stdout for the one JSON object."""
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-    return real
-
-
 @dataclass(frozen=True)
 class Shared:
     """The options that every verb takes."""
@@ -85,7 +76,7 @@ class Shared:
         collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
         if module == "serve" and collector and not config.serve.otlp_endpoint:
             config = with_overrides(config, {"serve.otlp_endpoint": collector})
-        stdout = _keep_stdout_clean()
+        stdout = keep_stdout_clean()
         verb = importlib.import_module(f"flows.{module}")
         if self.dry_run:
             steps = verb.plan(config) if hasattr(verb, "plan") else [f"run fresco {module} with this config"]
@@ -102,21 +93,8 @@ class Shared:
 
 
 def verb(body: Callable[..., None]) -> Callable[..., None]:
-    """Make `body(shared, ...)` a command: its own arguments, the shared options, its own options."""
-    own = list(inspect.signature(body).parameters.values())[1:]
-    shared = list(inspect.signature(Shared).parameters.values())
-    arguments = [parameter for parameter in own if parameter.default is inspect.Parameter.empty]
-    options = [parameter for parameter in own if parameter not in arguments]
-
-    @functools.wraps(body)
-    def command(**values: Any) -> None:
-        body(Shared(**{parameter.name: values.pop(parameter.name) for parameter in shared}), **values)
-
-    parameters = [*arguments, *shared, *options]
-    by_name = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return app.command()(command)
+    """Make `body(shared, ...)` a command of this program."""
+    return app.command()(as_command(Shared, body))
 
 
 Model = Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id, models:/NAME@alias or NAME/N.")]
@@ -262,6 +240,16 @@ def verify(
 ) -> None:
     """Say whether FILE was drawn by this workspace's endpoint and is unchanged since."""
     shared.run("verify", lambda flow, config: flow.run(config, file, key))
+
+
+@verb
+def retrain(
+    shared: Shared,
+    once: Annotated[bool, typer.Option("--once", help="One decision, and its cycle; for cron and the like.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="A trigger by hand, now.")] = False,
+) -> None:
+    """The standing loop: look at what arrives, decide, retrain, promote, swap, roll back; safe to kill."""
+    shared.run("retrain", lambda flow, config: flow.run(config, once, force))
 
 
 @verb

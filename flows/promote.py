@@ -38,6 +38,7 @@ from flows.rehearse import rehearse
 
 ATTEMPTS = 3
 """Comparisons made again because the champion changed meanwhile."""
+Confirm = Callable[[], object]
 Tryout = Callable[[int], dict[str, Any]]
 """Tries a version that passed the gate on traffic, before it is champion: `probation.try_out` without its config."""
 FORCED = "forced: promoted in spite of the gate, on request"
@@ -59,10 +60,13 @@ class Judged:
         return self.decision.verdict == "promote"
 
 
-def run(config: Config, model: str, force: bool = False, tryout: Tryout | None = None) -> dict[str, Any]:
+def run(
+    config: Config, model: str, force: bool = False, tryout: Tryout | None = None, confirm: Confirm = lambda: None
+) -> dict[str, Any]:
     """Make `model` the champion if the gate lets it through, or with `force` anyway.
 
     With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
+    `confirm` is called just before the alias moves: what it raises leaves everything as it is.
     """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
@@ -76,7 +80,7 @@ def run(config: Config, model: str, force: bool = False, tryout: Tryout | None =
         return _unchanged(config, registry, champion, evaluate.run(config, model))
     with judging(registry, config.name, version.number, notify=say):
         candidate = replace(found, version=version.number)
-        return _contest(config, workspace, registry, candidate, (model, force, tryout))
+        return _contest(config, workspace, registry, candidate, (model, force, tryout, confirm))
 
 
 def plan(config: Config) -> list[str]:
@@ -98,10 +102,10 @@ def _contest(
     workspace: Workspace,
     registry: Registry,
     found: ResolvedModel,
-    asked: tuple[str, bool, Tryout | None],
+    asked: tuple[str, bool, Tryout | None, Confirm],
 ) -> dict[str, Any]:
     """Judge, perhaps try, and act; again when somebody else's promotion came in between. `asked` is `run`'s."""
-    model, force, tryout = asked
+    model, force, tryout, confirm = asked
     served = rehearse(config, found)
     for attempt in range(1, ATTEMPTS + 1):
         judged = _judge(config, workspace, registry, found, model, served)
@@ -111,6 +115,7 @@ def _contest(
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
         try:
             if wanted:
+                confirm()
                 move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
                 return _promoted(config, workspace, registry, judged, move, line)
             return _refused(config, workspace, registry, judged, line)
@@ -224,7 +229,8 @@ def _refused(
         say(f"version {number} is the challenger no more")
     champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
     result = _result(line, judged.evaluated["scorecard"], judged.version, champion, previous)
-    append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})
+    numbers = {key: result[key] for key in ("version", "champion", "previous")}
+    append_journal(workspace, PROMOTE, name=config.name, **{**line, **numbers})
     _tell(config, result)
     return result
 
@@ -277,10 +283,6 @@ def _result(
         "evaluation": line["evaluation"],
         "scorecard": scorecard,
     }
-
-
-def _numbers_of(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: result[key] for key in ("version", "champion", "previous")}
 
 
 def _tell(config: Config, result: dict[str, Any]) -> None:

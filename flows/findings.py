@@ -1,0 +1,178 @@
+"""What does the loop know when it looks? Champion, arrivals, drift, decay, budget: the evidence of its decision.
+
+Cheap things first: while the cool-down holds, nothing is measured. What cannot be had is named with its reason, and a
+source or a dataset that is away makes the loop wait; it is never taken for an empty one.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster import storage
+from cluster.artifacts import Workspace, read_journal, read_record
+from cluster.champion import reigns
+from cluster.errors import RegistryError, StorageError
+from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
+from components import arrivals as rules
+from components.arrivals import Arrivals
+from components.dataset import DatasetVersion, load_dataset
+from components.errors import DataError, InputError
+from components.sources import EMBLEMS_SCHEME
+from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldown
+from flows import arrivals, snapshot
+from flows.config import Config
+from flows.console import say
+from flows.ledger import Ledger, State, asked_uri
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One look: the evidence, and what a cycle would start from."""
+
+    evidence: Evidence
+    champion: Version | None
+    parent: DatasetVersion | None
+    seen: Arrivals | None
+    drift: float = 0.0
+    request: str = ""
+    """The request by hand that was found, to be heeded once."""
+
+
+def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings:
+    """Gather the evidence; moves the cursor over the source in the ledger's state, which the caller saves.
+
+    With `patient`, files that seem to be written still are waited for, once and for monitor.settle_s seconds.
+    """
+    workspace, state = ledger.workspace, ledger.state
+    settle_clock(state, time.time())
+    champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
+    request = asked(workspace)
+    by_hand = "--force" if force else (f"request {request}" if request and request != state.heeded else "")
+    evidence = Evidence(
+        now=time.time(),
+        champion=champion.number if champion else None,
+        last_tick=state.last_tick or 0.0,
+        last_ended=state.ended,
+        manual=by_hand,
+        **budget(config, state),
+    )
+    if champion is None:
+        return Findings(evidence, None, None, None, request=request)
+    try:
+        parent = parent_of(config, workspace, champion)
+        seen = look_at_source(config, ledger, parent, patient)
+        had = refused_before(workspace, state, parent)
+    except (InputError, DataError, StorageError) as error:
+        return Findings(replace(evidence, problem=str(error)), champion, None, None, request=request)
+    if seen is None:
+        return Findings(evidence, champion, parent, None, request=request)
+    refused = sum(one.pictures for one in seen.new if snapshot.key_of(one) in had)
+    evidence = replace(evidence, new_images=new_images(seen), refused_images=refused)
+    if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
+        return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
+    drift = measure_drift(config, seen) if config.retrain.on_drift else None
+    decay = _decay(config, workspace, champion, parent, seen) if config.retrain.max_decay else None
+    evidence = replace(evidence, drift=drift, decay=decay)
+    return Findings(evidence, champion, parent, seen, drift.effect if drift else 0.0, request)
+
+
+def measure_drift(config: Config, seen: Arrivals) -> Drift:
+    """Ask the monitor; what it cannot say now is said in its place, and is no reason to train."""
+    from flows import monitor
+
+    try:
+        found = monitor.run(config, cursor=seen.cursor)
+    except (InputError, DataError, RegistryError) as error:
+        return Drift("not_enough_data", 0.0, (str(error),))
+    effect = float(found["drift"]) if found["verdict"] == DRIFTED else 0.0
+    return Drift(found["verdict"], effect, tuple(found["reasons"]), str(found["report"] or ""))
+
+
+def _decay(config: Config, workspace: Workspace, champion: Version, parent: DatasetVersion, seen: Arrivals) -> Decay:
+    from flows.decay import measure_decay
+
+    try:
+        return measure_decay(config, workspace, champion, parent, seen)
+    except (InputError, DataError, RegistryError) as error:
+        return Decay(skipped=str(error))
+
+
+def settle_clock(state: State, now: float) -> None:
+    """A clock that was set back must not make the loop wait for a time that was already there."""
+    if state.last_tick is None:
+        state.last_tick = now  # the first look: ticks before the loop existed are not owed
+    if state.ended is not None:
+        state.ended = min(state.ended, now)
+    for entry in state.spent:
+        entry["at"] = min(entry["at"], now)
+    state.spent = [entry for entry in state.spent if now - entry["at"] < WEEK_S]
+
+
+def budget(config: Config, state: State) -> dict[str, Any]:
+    """Steps and GPU hours of the last 7 days, and those that one more cycle would take by what the last one took."""
+    steps = config.retrain.steps or config.train.steps
+    trained = [entry for entry in state.spent if entry["what"] == "train" and entry["steps"]]
+    hours = trained[-1]["gpu_hours"] * steps / trained[-1]["steps"] if trained else 0.0
+    return {
+        "planned_steps": steps,
+        "planned_gpu_hours": hours,
+        "spent_steps": sum(entry["steps"] for entry in state.spent),
+        "spent_gpu_hours": sum(entry["gpu_hours"] for entry in state.spent),
+    }
+
+
+def parent_of(config: Config, workspace: Workspace, champion: Version) -> DatasetVersion:
+    """Return the champion's dataset version, or the one it was measured on when it was promoted."""
+    wanted = champion.tags.get(TAG_DATASET)
+    if not wanted:
+        told = [line for line in reigns(read_journal(workspace), config.name) if line["champion"] == champion.number]
+        wanted = next((line["dataset"] for line in reversed(told) if line.get("dataset")), None)
+    if not wanted:
+        raise InputError(
+            f"{champion.uri} expected to name the dataset version it was made from or measured on, found none; promote"
+            " a run of this workspace with: fresco promote RUN_ID"
+        )
+    if read_record(workspace.dataset_dir(wanted)) is None:
+        raise InputError(
+            f"{champion.uri} expected its data {wanted} in {workspace.data}, found it gone; bring that folder back, or"
+            " begin a new line of versions: fresco train, then fresco promote RUN_ID"
+        )
+    return load_dataset(workspace.dataset_dir(wanted))
+
+
+def look_at_source(config: Config, ledger: Ledger, parent: DatasetVersion, patient: bool) -> Arrivals | None:
+    """Look what arrived; None for built-in data, which does not grow."""
+    if config.data.source.startswith(EMBLEMS_SCHEME):
+        return None
+    settle_s = config.monitor.settle_s
+    found = arrivals.look(config, parent, ledger.state.cursor, settle_s=settle_s)
+    if patient and settle_s and any(one.reason in (rules.CHANGING, rules.CAPTIONS_CHANGING) for one in found.pending):
+        say(f"{found.counts['pending']} files arrived just now: looking again in {settle_s:g} s whether they are whole")
+        ledger.state.cursor = found.cursor
+        time.sleep(settle_s)
+        found = arrivals.look(config, parent, found.cursor, settle_s=settle_s)
+    ledger.state.cursor = found.cursor
+    return found
+
+
+def new_images(found: Arrivals) -> int:
+    """Pictures that are new, those beyond what one look reads included."""
+    return found.num_pictures + found.counts["later"]
+
+
+def refused_before(workspace: Workspace, state: State, parent: DatasetVersion) -> set[str]:
+    """Name the arrivals that refused attempts on this parent had."""
+    had: set[str] = set()
+    for attempt in state.refused:
+        if attempt["parent"] == parent.id and attempt["new"]:
+            had |= {snapshot.key_of(one) for one in snapshot.thaw(workspace, attempt["cycle"]).new}
+    return had
+
+
+def asked(workspace: Workspace) -> str:
+    """Return the newest request by hand, empty when there is none."""
+    try:
+        return str(json.loads(storage.read_bytes(asked_uri(workspace)))["request"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return ""

@@ -1,0 +1,62 @@
+"""A tiny world for the standing loop: a folder where emblems arrive, and a config whose cycles take seconds."""
+
+from pathlib import Path
+
+import yaml
+
+from components.emblems import example
+from components.images import to_png
+from flows.config import Config, load_config
+
+
+def arrive(source: Path, world: str, first: int, count: int) -> None:
+    """Put captioned emblems into the source folder."""
+    source.mkdir(parents=True, exist_ok=True)
+    for index in range(first, first + count):
+        picture, caption = example(world, 5, index)
+        (source / f"{world}-{index:04}.txt").write_text(caption)
+        (source / f"{world}-{index:04}.png").write_bytes(to_png(picture.resize((16, 16))))
+
+
+def loop_config(folder: Path, base: Path, *overrides: str) -> Config:
+    """Cycles of a few steps on one worker without DeepSpeed; arrivals count at once, no cool-down, nothing watched."""
+    return load_config(
+        overrides=[
+            "name=loop",
+            f"data.source={folder / 'source'}",
+            "data.resolution_px=16",
+            "data.min_side_px=8",
+            "data.validation_fraction=0.2",
+            "data.test_fraction=0.2",
+            f"model.base={base}",
+            "train.steps=6",
+            "train.global_batch=4",
+            "train.freezing=denoiser",
+            "train.eval_every_steps=3",
+            "evaluate.prompts=4",
+            "evaluate.sampling_steps=2",
+            "evaluate.bootstrap=100",
+            "gate.min_test_pictures=2",
+            "placement.workers=1",
+            "placement.engine=torch",
+            "placement.checkpoint_every_steps=2",
+            "serve.default_steps=2",
+            "monitor.settle_s=0",
+            "retrain.min_new_images=10",
+            "retrain.cooldown_s=0",
+            "retrain.look_every_s=0.2",
+            "retrain.watch_s=0",
+            "retrain.lease_ttl_s=3",
+            "retrain.on_drift=false",
+            "retrain.max_decay=0",
+            *overrides,
+        ],
+        workspace=str(folder / "workspace"),
+    )
+
+
+def write_config(folder: Path, config: Config) -> Path:
+    """Write a config for a command of its own."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
