@@ -43,7 +43,7 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
     if stop:
         return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
     check_exposure(config.serve)
-    champion = _champion(config, workspace)
+    champion = champion_of(config, workspace)
     running = endpoint_of(workspace)
     if running is not None and running["model_version"] == champion.number:
         say(f"the endpoint runs already: {running['url']} serves {champion.uri}")
@@ -92,10 +92,11 @@ def endpoint_of(workspace: Workspace) -> dict[str, Any] | None:
 
 def server_of(workspace: Workspace) -> Lease | None:
     """Return the lease of the process that serves, or is about to serve, this workspace."""
-    return read_lease(_lock(workspace))
+    return read_lease(lock_of(workspace))
 
 
-def _champion(config: Config, workspace: Workspace) -> Version:
+def champion_of(config: Config, workspace: Workspace) -> Version:
+    """Return the champion; RegistryError with the command that makes one where there is none."""
     champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
     if champion is not None:
         return champion
@@ -112,7 +113,7 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
     from flows.models import resolve_model
     from flows.paint import FACTORY
 
-    with _ended_by_signals() as listen, hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
+    with _ended_by_signals() as listen, hold_lease(lock_of(workspace), "fresco serve", wait_s=2) as confirm:
         model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
         say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
@@ -126,7 +127,7 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
             except KeyboardInterrupt:
                 say("ending: drawings at work are finished first")
             finally:
-                _remove_record(workspace, os.getpid())
+                remove_record(workspace, os.getpid())
     return follower.record
 
 
@@ -250,7 +251,7 @@ def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
                 f" with: kill -9 {holder.pid}"
             )
         time.sleep(POLL_S)
-    _remove_record(workspace, holder.pid)
+    remove_record(workspace, holder.pid)
     return {**_result({**record, "pid": holder.pid}), "stopped": True}
 
 
@@ -268,14 +269,15 @@ def _record(workspace: Workspace) -> Path:
     return workspace.root / "endpoint.json"
 
 
-def _remove_record(workspace: Workspace, pid: int) -> None:
+def remove_record(workspace: Workspace, pid: int) -> None:
     """Take our endpoint.json away; one that a successor wrote meanwhile stays."""
     record = read_json(_record(workspace))
     if record is not None and record["pid"] == pid:
         _record(workspace).unlink(missing_ok=True)
 
 
-def _lock(workspace: Workspace) -> Path:
+def lock_of(workspace: Workspace) -> Path:
+    """Whose lease says which process looks after the workspace's endpoint."""
     return workspace.root / "locks" / "endpoint.lock"
 
 
