@@ -141,7 +141,7 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int, application:
 def make_application(
     source: ModelSource, settings: ServeSection, companion: Mapping[str, Any] | None = None
 ) -> "Application":
-    """Return the endpoint as Serve deploys it; `companion` (of `Companion`) runs beside it where no driver of ours does."""
+    """Return the endpoint as Serve deploys it; `companion` (arguments of `Companion`) runs beside the replicas."""
     from ray import serve
 
     as_deployment = serve.deployment(

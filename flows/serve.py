@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flows
+from cluster.api_keys import check_exposure, is_loopback
 from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
+from cluster.placement import ServeSection
 from cluster.registry import CHAMPION, Registry, Version
 from cluster.serving import READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
 from flows.config import Config
@@ -37,8 +39,6 @@ LOG_TAIL_LINES = 15
 
 def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, Any]:
     """Serve the champion until SIGINT or SIGTERM; `detach` returns once it answers, `stop` ends the running one."""
-    from cluster.api_keys import check_exposure
-
     workspace = open_workspace(config.workspace)
     if stop:
         return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
@@ -121,7 +121,7 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
         source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
         with endpoint(source, config.serve, config.placement) as url:
             listen()
-            _say_ready(follower.write_record(url, os.getpid(), model.version))
+            _say_ready(follower.write_record(told_url(config.serve, url), os.getpid(), model.version))
             try:
                 _watch(url, confirm, follower, config.serve.follow_s)
             except KeyboardInterrupt:
@@ -274,6 +274,11 @@ def remove_record(workspace: Workspace, pid: int) -> None:
     record = read_json(_record(workspace))
     if record is not None and record["pid"] == pid:
         _record(workspace).unlink(missing_ok=True)
+
+
+def told_url(settings: ServeSection, url: str) -> str:
+    """Return the address for endpoint.json: on an endpoint for other machines, the one at which they reach it."""
+    return settings.public_url.rstrip("/") if settings.public_url and not is_loopback(settings.host) else url
 
 
 def lock_of(workspace: Workspace) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from cluster.api_keys import check_exposure
 from cluster.artifacts import open_workspace
 from cluster.errors import StorageError
 from cluster.lease import hold_lease
@@ -50,10 +51,8 @@ class AppArguments(BaseModel):
 
 def app(arguments: AppArguments) -> "Application":
     """Build the endpoint of the champion; what cannot serve is refused here, and Serve shows the message."""
-    from cluster.api_keys import check_exposure
-
     config = _config(arguments)
-    # Who else's Serve listens where is not ours to see; on a cluster it is every address.
+    # Where somebody else's Serve listens is not ours to see; on a cluster it is every address.
     check_exposure(config.serve.model_copy(update={"host": "0.0.0.0"}))
     workspace = open_workspace(config.workspace)
     champion_of(config, workspace)
@@ -77,7 +76,7 @@ def follow(arguments: Mapping[str, Any], ended: threading.Event) -> None:
 
 
 def _follow(config: Config, confirm: Any, ended: threading.Event) -> None:
-    """Look every `serve.follow_s` while the lease is ours; what looks after the record is whoever wrote it."""
+    """Look every `serve.follow_s` while the lease is ours; endpoint.json is there from the first picture on."""
     workspace = open_workspace(config.workspace)
     url = f"http://127.0.0.1:{config.serve.port or SERVE_PORT}"
     follower = Follower(config, workspace, resolve_model(config, f"models:/{config.name}@{CHAMPION}"))
@@ -88,7 +87,7 @@ def _follow(config: Config, confirm: Any, ended: threading.Event) -> None:
             if status is None:
                 continue
             if not follower.record and status["status"] == "ready":
-                follower.write_record(config.serve.public_url or url, os.getpid(), status["model_version"])
+                follower.write_record(config.serve.public_url.rstrip("/") or url, os.getpid(), status["model_version"])
             if follower.record:
                 follower.look(status)
     finally:

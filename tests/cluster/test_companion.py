@@ -41,7 +41,7 @@ def test_function_runs_until_the_companion_is_closed(request: pytest.FixtureRequ
 
 
 def test_what_ended_the_function_fails_the_health_check() -> None:
-    with pytest.raises(EndpointError, match="break_down expected to run .*, found: the registry is gone"):
+    with pytest.raises(EndpointError, match=r"break_down expected to run .*, found: the registry is gone"):
         ended_companion(break_down).check_health()
     with pytest.raises(EndpointError, match="leave expected to run as long as the endpoint, found it ended"):
         ended_companion(leave).check_health()

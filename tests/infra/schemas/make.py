@@ -80,7 +80,7 @@ def share(kinds: dict[str, Any], definitions: dict[str, Any]) -> None:
     def count(node: Any) -> None:
         if isinstance(node, dict):
             text = json.dumps(node, sort_keys=True)
-            if len(text) > WORTH_SHARING and "type" in node:
+            if len(text) > WORTH_SHARING and isinstance(node.get("type"), str):
                 times[text] = times.get(text, 0) + 1
         for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             count(value)
