@@ -121,7 +121,10 @@ class ServeSection(Section):
     url_max_bytes: int = Field(1_000_000_000, ge=1024)
     """Of all kept pictures together; above it, those that expire first are removed first."""
     public_url: str = ""
-    """Where clients reach the endpoint, for the addresses of pictures; empty: as the request says."""
+    """Where clients reach the endpoint, for the addresses of pictures; empty: as the request says.
+
+    Where serve.host is not this machine alone, endpoint.json names it too.
+    """
     capture_share: float = Field(0.2, ge=0, le=1)
     """Share of requests whose features are kept for the monitor; 0 keeps none."""
     capture_prompts: bool = False

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.companion import Companion
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_loading import Follow
@@ -26,6 +27,8 @@ from cluster.scaling import LoadReport, replica_options
 from cluster.session import local_session
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.schema import LoggingConfig
     from starlette.types import ASGIApp
 
 APPLICATION, DEPLOYMENT = "fresco", "images"
@@ -62,7 +65,7 @@ class ImagesReplica:
     A model that cannot be loaded makes a replica that says so, at /readyz and as a failed health check.
     """
 
-    def __init__(self, source: ModelSource, settings: Mapping[str, Any]) -> None:
+    def __init__(self, source: ModelSource, settings: Mapping[str, Any], companion: object = None) -> None:
         from ray import serve
 
         from cluster.drawing_routes import Desk
@@ -133,12 +136,19 @@ def endpoint(
 def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
-    from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     http = HTTPOptions(host=settings.host, port=port)
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=_quiet())
+    serve.run(make_application(source, settings), name=application, route_prefix=route or "/")
+
+
+def make_application(
+    source: ModelSource, settings: ServeSection, companion: Mapping[str, Any] | None = None
+) -> "Application":
+    """Return the endpoint as Serve deploys it; `companion` (arguments of `Companion`) runs beside the replicas."""
+    from ray import serve
+
     as_deployment = serve.deployment(
         name=DEPLOYMENT,
         **replica_options(settings),
@@ -149,10 +159,19 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int, application:
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
-        logging_config=quiet,
+        logging_config=_quiet(),
     )
-    images = as_deployment(serve.ingress()(ImagesReplica)).bind(source, settings.model_dump())
-    serve.run(images, name=application, route_prefix=route or "/")
+    images = as_deployment(serve.ingress()(ImagesReplica))
+    if companion is None:
+        return images.bind(source, settings.model_dump())
+    beside = serve.deployment(name="companion", ray_actor_options={"num_cpus": 0}, logging_config=_quiet())
+    return images.bind(source, settings.model_dump(), beside(Companion).bind(**companion))
+
+
+def _quiet() -> "LoggingConfig":
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
 def replica_memory_bytes(application: str) -> int:

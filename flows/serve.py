@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flows
+from cluster.api_keys import check_exposure, is_loopback
 from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
+from cluster.placement import ServeSection
 from cluster.registry import CHAMPION, Registry, Version
 from cluster.serving import ModelSource, endpoint, find_port, readiness
 from cluster.signals import ended_by_signals
@@ -36,13 +38,11 @@ LOG_TAIL_LINES = 15
 
 def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, Any]:
     """Serve the champion until SIGINT or SIGTERM; `detach` returns once it answers, `stop` ends the running one."""
-    from cluster.api_keys import check_exposure
-
     workspace = open_workspace(config.workspace)
     if stop:
         return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
     check_exposure(config.serve)
-    champion = _champion(config, workspace)
+    champion = champion_of(config, workspace)
     running = endpoint_of(workspace)
     if running is not None and running["model_version"] == champion.number:
         say(f"the endpoint runs already: {running['url']} serves {champion.uri}")
@@ -91,10 +91,11 @@ def endpoint_of(workspace: Workspace) -> dict[str, Any] | None:
 
 def server_of(workspace: Workspace) -> Lease | None:
     """Return the lease of the process that serves, or is about to serve, this workspace."""
-    return read_lease(_lock(workspace))
+    return read_lease(lock_of(workspace))
 
 
-def _champion(config: Config, workspace: Workspace) -> Version:
+def champion_of(config: Config, workspace: Workspace) -> Version:
+    """Return the champion; RegistryError with the command that makes one where there is none."""
     champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
     if champion is not None:
         return champion
@@ -111,20 +112,20 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
     from flows.models import resolve_model
     from flows.paint import FACTORY
 
-    with ended_by_signals(), hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
+    with ended_by_signals(), hold_lease(lock_of(workspace), "fresco serve", wait_s=2) as confirm:
         model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
         say(f"starting Ray and loading the model (ready within {config.serve.ready_limit_s:.0f} s)")
         follower = Follower(config, workspace, model)
         source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
         with endpoint(source, config.serve, config.placement) as url:
-            _say_ready(follower.write_record(url, os.getpid(), model.version))
+            _say_ready(follower.write_record(told_url(config.serve, url), os.getpid(), model.version))
             try:
                 _watch(url, confirm, follower, config.serve.follow_s)
             except KeyboardInterrupt:
                 say("ending: drawings at work are finished first")
             finally:
-                _remove_record(workspace, os.getpid())
+                remove_record(workspace, os.getpid())
     return follower.record
 
 
@@ -233,7 +234,7 @@ def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
                 f" with: kill -9 {holder.pid}"
             )
         time.sleep(POLL_S)
-    _remove_record(workspace, holder.pid)
+    remove_record(workspace, holder.pid)
     return {**_result({**record, "pid": holder.pid}), "stopped": True}
 
 
@@ -251,14 +252,20 @@ def _record(workspace: Workspace) -> Path:
     return workspace.root / "endpoint.json"
 
 
-def _remove_record(workspace: Workspace, pid: int) -> None:
+def remove_record(workspace: Workspace, pid: int) -> None:
     """Take our endpoint.json away; one that a successor wrote meanwhile stays."""
     record = read_json(_record(workspace))
     if record is not None and record["pid"] == pid:
         _record(workspace).unlink(missing_ok=True)
 
 
-def _lock(workspace: Workspace) -> Path:
+def told_url(settings: ServeSection, url: str) -> str:
+    """Return the address for endpoint.json: on an endpoint for other machines, the one at which they reach it."""
+    return settings.public_url.rstrip("/") if settings.public_url and not is_loopback(settings.host) else url
+
+
+def lock_of(workspace: Workspace) -> Path:
+    """Whose lease says which process looks after the workspace's endpoint."""
     return workspace.root / "locks" / "endpoint.lock"
 
 
