@@ -26,8 +26,6 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
 IMAGES = {f"fresco:{VERSION}", "postgres:17.6", "chrislusf/seaweedfs:4.44"}
 """Ours at this version, and others at versions that exist (SeaweedFS by its git tags)."""
-COMING = ("monitor", "retrain")
-"""Verbs whose config is there and whose command comes with another change; once it is there, it is checked."""
 
 Document = dict[str, Any]
 
@@ -104,9 +102,9 @@ def command_problems(tokens: list[str], settings: Path) -> list[str]:
         if verb.startswith("--"):
             continue
         known = verbs()
-        if verb not in known and verb not in COMING:
+        if verb not in known:
             problems.append(f"fresco has no verb {verb!r}")
-        elif verb in known:
+        else:
             try:
                 known[verb].make_context(verb, list(options))
             except typer._click.exceptions.ClickException as error:
