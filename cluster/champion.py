@@ -165,7 +165,7 @@ def retire(registry: Registry, name: str, keep: int, also: Sequence[int] = ()) -
 def reigns(journal: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
     """Return the journal's alias moves of a model, oldest first, each with `since` and, once it ended, `until`."""
     moves = [dict(line) for line in journal if _is_move(line, name)]
-    for line, following in zip(moves, [*moves[1:], {}], strict=True):
+    for line, following in zip(moves, [*moves[1:], {}], strict=False):  # of no moves, one too many
         line.setdefault("since", line["time"])
         line["until"] = following.get("since", following.get("time"))
     return moves

@@ -47,7 +47,7 @@ def tell(lines: Iterable[Any], name: str, reigns: Sequence[Line] = ()) -> Story:
         before = time
         try:
             _take(reading, line, time)
-        except (TypeError, ValueError, AttributeError, LookupError):
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
             story.unread += 1
     story.cycles = list(reading.cycles.values())
     story.reigns = [reign for reign in map(_reign, reigns) if reign is not None]

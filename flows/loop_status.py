@@ -12,7 +12,7 @@ from cluster import storage
 from cluster.artifacts import Workspace
 from cluster.errors import StorageError
 from cluster.fencing import peek_fenced
-from cluster.lease import read_lease
+from cluster.lease import Lease, read_lease
 
 FOLDER = "retrain"
 Line = Mapping[str, Any]
@@ -27,16 +27,14 @@ def loop_of(workspace: Workspace, journal: Sequence[Line]) -> dict[str, Any] | N
         state = peek_fenced(storage.join(folder, "state.json"))
     except StorageError as error:
         problem = str(error)
-    found = {
-        "lease": None if lease is None else {"owner": lease.owner, "host": lease.host, "pid": lease.pid},
+    found: dict[str, Any] = {
+        "lease": None if lease is None else _holder(lease),
         "cycle": _cycle(state, journal),
         "monitor": _last(journal, "monitor", ("time", "verdict", "reasons", "report")),
         "trigger": _last(journal, "trigger", ("time", "decision", "reasons", "cycle")),
         "last_cycle": _last(journal, "cycle", ("time", "id", "decision", "champion_after", "dataset", "run_id")),
         "problem": problem or None,
     }
-    if lease is not None:
-        found["lease"] |= {"since": _stamp(lease.since), "held_s": round(time.time() - lease.since, 1)}
     return found if any(found.values()) else None
 
 
@@ -77,6 +75,12 @@ def _cycle(state: Any, journal: Sequence[Line]) -> dict[str, Any] | None:
         "stage": lines[-1].get("stage") if lines and lines[-1].get("state") == "began" else None,
         "done": list(cycle.get("stages") or {}),
     }
+
+
+def _holder(lease: Lease) -> dict[str, Any]:
+    held_s = round(time.time() - lease.since, 1)
+    who = {"owner": lease.owner, "host": lease.host, "pid": lease.pid}
+    return {**who, "since": _stamp(lease.since), "held_s": held_s}
 
 
 def _last(journal: Sequence[Line], event: str, keys: Sequence[str]) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ from flows.origin import is_name
 
 RECIPE = ("freezing", "learning_rate", "global_batch", "steps", "seed", "replay_fraction", "replay_of")
 MOST_PARENTS = 1000
-Table = pa.Table
 
 
 def run_of(workspace: Workspace, run_id: Any, missing: list[str]) -> dict[str, Any] | None:
@@ -84,7 +83,7 @@ def arrivals_of(
     return found | {"first": seen[0] if seen else None, "last": seen[-1] if seen else None}
 
 
-def _new_rows(workspace: Workspace, dataset_id: str, parent: str | None) -> Table | None:
+def _new_rows(workspace: Workspace, dataset_id: str, parent: str | None) -> pa.Table | None:
     tables = []
     for name in [dataset_id, *([parent] if parent else [])]:
         path = workspace.dataset_dir(name) / MANIFEST
