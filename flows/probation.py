@@ -28,7 +28,7 @@ from cluster.errors import ChallengerBusyError, StorageError
 from cluster.proxy_face import ASLEEP
 from cluster.registry import Registry
 from cluster.serving import APPLICATION, readiness
-from components.probation import Decay, Judgement, Limits, Numbers, judge
+from components.probation import Decay, Judgement, Limits, Numbers, Verdict, judge
 from flows.config import Config
 from flows.console import say
 from flows.serve import endpoint_of
@@ -43,7 +43,9 @@ TRAFFIC_SHARE = 0.1
 SILENT = "it does not answer"
 OF_CHALLENGER = "the challenger"
 """In the error of a challenger that could not be loaded, which says nothing about the champion."""
-KEEP, ROLL_BACK, TOO_FEW = "keep", "roll_back", "not_enough_requests"
+KEEP: Verdict = "keep"
+ROLL_BACK: Verdict = "roll_back"
+TOO_FEW: Verdict = "not_enough_requests"
 
 Notify = Callable[[str], None]
 
