@@ -3,17 +3,19 @@
 #   PYTHON      the interpreter the environment is made from (3.11)
 #   VENV        where the environment lives
 #   KEEP        with demo: leave the endpoint and its page running
+#   KILLS       with chaos: how often the loop is killed
 #   PIP_FLAGS   more options for pip, such as another package index
 
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 VENV      ?= .venv
 PIP_FLAGS ?=
 KEEP      ?=
+KILLS     ?= 30
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-drift bench-replay bench-serve soak clean
+.PHONY: help setup check format test test-slow demo bench-train bench-tune bench-gate bench-drift bench-replay bench-serve soak chaos clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -72,6 +74,9 @@ bench-serve: $(STAMP)  ## images/s, latency and memory of the endpoint beside di
 
 soak: $(STAMP)  ## ten minutes of load, swaps, hang-ups and killed replicas: every answer right, none lost, no leak
 	@$(BIN)/python -m benchmarks.soak
+
+chaos: $(STAMP)  ## the standing loop killed at 30 random moments ends as an undisturbed one; KILLS=3 to try it
+	@$(BIN)/python -m benchmarks.chaos --kills $(KILLS)
 
 clean:  ## remove caches and build/, never a workspace
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

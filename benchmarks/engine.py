@@ -1,7 +1,7 @@
 """How many pictures a second the engine draws at saturation, beside diffusers' pipeline with one request at a time.
 
 The same mixed requests on the embedded base for both (steps 8 to 40, guidance 1 to 7, every eighth with n = 4), taking
-turns in one process; then the seconds of one step by its number of rows. `python benchmarks/engine.py --threads 2`.
+turns in one process; then the seconds of one step by its number of rows: `engine.py --threads 1 --at-once 2`.
 On a machine with other work, read the CPU seconds of `--threads 1`: they do not count the others' time. Where there is
 a GPU, a Stable-Diffusion-1.5-sized model follows (`engine_large.py`), with `--compile` also compiled. `--tiny` shows in
 seconds that all of it runs, on the CPU.
@@ -97,7 +97,7 @@ def compare_with_pipeline(asked: argparse.Namespace) -> None:
     parts = load_parts(embedded_base())
     pipeline = family_named(parts.family).make_pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
-    engine = StepBatchEngine(EngineLimits(max_batch_rows=asked.max_batch_rows, max_waiting_rows=10_000))
+    engine = StepBatchEngine(EngineLimits(asked.max_batch_rows, max_waiting_rows=10_000, calls_at_once=asked.at_once))
     engine.load("base", parts)
     engine.start()
     encode_text(parts, ["warm up"])
@@ -136,6 +136,7 @@ def compare_with_pipeline(asked: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--at-once", type=int, default=1, help="parts of a large call, made side by side")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-batch-rows", type=int, default=64)

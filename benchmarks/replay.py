@@ -1,15 +1,18 @@
 """What do replay, averaging and anchors buy when the world drifts? `make bench-replay`.
 
 Old is the world that the embedded base (the champion) was trained on, new has another shape and another palette. Each
-way of training takes the same steps, seeds and pictures, in this process: the plain loop below with Fresco's own draws,
-replay, objective, averages and learning-rate schedule (no Ray: placement does not change a result). Every run is then
-measured on held-out pictures and captions of both worlds. Losses: mean over seeds, and half the width of Student's 95 %
-interval over them. Adherence: share of pictures that show all their caption says, all seeds together, with Wilson's
-95 % interval; a caption's pictures of several seeds are not independent, so that interval is somewhat too narrow.
+way of training takes the same steps, seeds and pictures, one run on each core: the plain loop below with Fresco's own
+draws, replay, objective, averages and learning-rate schedule (no Ray: placement does not change a result). Every run is
+then measured on held-out pictures and captions of both worlds. Losses: mean over seeds, and half the width of Student's
+95 % interval over them; from untrained weights so few steps lead nowhere, so one seed must do there. Adherence: share
+of pictures that show all their caption says, all seeds together, with Wilson's 95 % interval; a caption's pictures of
+several seeds are not independent, so that interval is somewhat too narrow.
 """
 
 import argparse
 import math
+import multiprocessing
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,18 +21,18 @@ import numpy as np
 import torch
 from scipy import stats
 
-BATCH, GUIDANCE, SAMPLING_STEPS = 32, 3.0, 20
+BATCH, GUIDANCE, SAMPLING_STEPS = 16, 3.0, 20
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the default takes about 11 minutes on 2 cores."""
+    """How much of everything; the default is made for 11 minutes on 2 cores."""
 
     seeds: int = 3
-    steps: int = 200
+    steps: int = 300
     train_old: int = 1200
     train_new: int = 600
-    test: int = 64
+    test: int = 40
     new_world: str = "village"
 
 
@@ -55,7 +58,6 @@ ARMS = (
     Arm("replay 0.25", 0.25),
     Arm("replay 0.5", 0.5),
     Arm("new pictures alone, averaging 0.2", average=0.2),
-    Arm("replay 0.25, averaging 0.2", 0.25, average=0.2),
     Arm("old and new alike", None),
     Arm("anchor: from nothing, old and new alike", None, cold=True),
     Arm("from nothing, new pictures alone", cold=True),
@@ -78,7 +80,11 @@ def main() -> None:
     began = time.monotonic()
     data, tests = make_data(size)
     champion = measure(load(cold=False, seed=0), tests)
-    table = {arm: [train(arm, data, tests, size, seed) for seed in range(size.seeds)] for arm in ARMS}
+    runs = [(arm, seed) for arm in ARMS for seed in range(1 if arm.cold else size.seeds)]
+    # A model this small draws and learns faster on one thread for each run than on all threads for one.
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), keep, (data, tests, size)) as pool:
+        found = pool.starmap(train, runs, chunksize=1)
+    table = {arm: [one for one, (its, _) in zip(found, runs, strict=True) if its == arm] for arm in ARMS}
     print(
         f"\n{size.steps} steps of {BATCH} ({size.train_new} new pictures, {size.train_old} old), {size.seeds} seeds,"
         f" {size.test} held-out pictures and captions of each world; {time.monotonic() - began:.0f} s\n"
@@ -174,7 +180,16 @@ def recipe(arm: Arm, size: Size, seed: int) -> Any:
     )
 
 
-def train(arm: Arm, data: Any, tests: dict[str, Any], size: Size, seed: int) -> dict[str, Measured]:
+_kept: dict[str, Any] = {}
+
+
+def keep(data: Any, tests: dict[str, Any], size: Size) -> None:
+    """Hold what all runs of this process share."""
+    torch.set_num_threads(1)
+    _kept.update(data=data, tests=tests, size=size)
+
+
+def train(arm: Arm, seed: int) -> dict[str, Measured]:
     """Train one way with one seed; return what the exported weights do on both worlds."""
     from components.batches import training_batch
     from components.ema import Ema
@@ -183,6 +198,7 @@ def train(arm: Arm, data: Any, tests: dict[str, Any], size: Size, seed: int) -> 
     from components.optim import make_optimizer, rate_factor
 
     began = time.monotonic()
+    data, tests, size = (_kept[name] for name in ("data", "tests", "size"))
     parts, plan = load(arm.cold, seed), recipe(arm, size, seed)
     model = apply_plan(parts, plan.freezing, seed)
     optimizer = make_optimizer(model, parameter_groups(model), plan)

@@ -21,14 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.serve_endpoint import end_cleanly, register_copies, replicas, resident_bytes, served
+from benchmarks.serve_endpoint import register_copies, replicas, resident_bytes, served
 from benchmarks.serve_peers import GENERATIONS_ROUTE, Pipeline, Wanted, served_peers
 from benchmarks.serve_requests import (
     ask,
@@ -43,6 +43,7 @@ from benchmarks.serve_requests import slope_per_1000 as slope
 from benchmarks.serve_tables import CAPACITY_SHARE, FRESCO, GROUPED, MemoryCourse, Results, Saturation, show
 from cluster.placement import PlacementSection, ServeSection
 from cluster.session import local_session
+from cluster.signals import ended_by_signals
 from components.load_plan import Arrival, latency_percentiles
 from components.models import embedded_base, load_parts
 from components.sampler import draw
@@ -67,9 +68,9 @@ class Size:
     latency_rounds: int = 2
     latency_s: float = 60.0
     idle_pairs: int = 60
-    memory_requests: int = 5000
+    memory_requests: int = 6500
     memory_warm_up: int = 1500
-    """Fresco keeps the text states of 1,024 prompts: until then memory grows on purpose."""
+    """Left out: Fresco keeps the text states of 1,024 prompts, and until then memory grows on purpose."""
     memory_every: int = 125
     memory_clients: int = 8
 
@@ -109,18 +110,21 @@ def main() -> int:
     asked = parser.parse_args()
     size = QUICK if asked.quick else Size(rounds=asked.rounds)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, fresco_served(Path(folder)) as fresco:
-        with peers_beside(fresco) as servers:
-            end_cleanly()
+    with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, ExitStack() as beside:
+        # Within the peers: a Ray that was told to end together with this process may take it along.
+        peers = beside.enter_context(peers_served())
+        with fresco_served(Path(folder)) as fresco:
+            servers = {**peers, fresco.name: fresco}
             say("one replica each: " + ", ".join(f"{s.name} at {s.url}" for s in servers.values()))
             differences = check_pictures(servers)
             drawn = saturate(servers, size, presets=False)
             presets = saturate(servers, replace(size, rounds=1), presets=True)
             capacity = statistics.median(drawn.images_per_s[GROUPED])
             latencies = wait_times(servers, size, CAPACITY_SHARE * capacity)
-        # Two idle peers and their Ray cost a request beside them 35 ms: what is to be idle must be alone.
-        idle = idle_cost(fresco, size)
-        memory = watch_memory(fresco, size)
+            # Two idle peers and their Ray cost a request beside them 35 ms: what is to be idle must be alone.
+            beside.close()
+            idle = idle_cost(fresco, size)
+            memory = watch_memory(fresco, size)
     results = Results(differences, drawn, presets, CAPACITY_SHARE * capacity, latencies, idle, memory)
     met = show(results)
     print(f"\n{time.monotonic() - began:.0f} s in all, load average {os.getloadavg()[2]:.1f} over the last 15 minutes")
@@ -138,12 +142,12 @@ def fresco_served(folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def peers_beside(fresco: Server) -> Iterator[dict[str, Server]]:
-    """Serve the same model twice more; each has drawn before this yields."""
+def peers_served() -> Iterator[dict[str, Server]]:
+    """Serve the same model in two other ways; each has drawn before this yields."""
     cpus = ServeSection().cpus_per_replica
     room = PlacementSection(workers=1, cpus_per_worker=2 * cpus)
     with local_session(room), served_peers(str(embedded_base()), cpus) as urls:
-        yield {**{name: Server(name, url, os.getpid()) for name, url in urls.items()}, fresco.name: fresco}
+        yield {name: Server(name, url, os.getpid()) for name, url in urls.items()}
 
 
 def check_pictures(servers: Mapping[str, Server]) -> dict[str, int]:
@@ -276,4 +280,5 @@ def refuse_errors(server: Server, errors: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ended_by_signals():
+        sys.exit(main())

@@ -4,7 +4,6 @@ The endpoint is started as a person starts it (`fresco serve --detach`), so what
 """
 
 import copy
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -72,17 +71,12 @@ def perturbed(parts: Parts, seed: int) -> Parts:
 
 @contextmanager
 def served(config: Config) -> Iterator[Running]:
-    """Run `fresco serve --detach` for the length of the block; it is ended when this process is told to end, too."""
+    """Run `fresco serve --detach` for the length of the block; within `ended_by_signals` it never outlives it."""
     try:
         answer = serve.run(config, detach=True)
         yield Running(answer["url"], answer["pid"])
     finally:
         serve.run(config, stop=True)
-
-
-def end_cleanly() -> None:
-    """Turn SIGTERM into KeyboardInterrupt, so that what was started is ended; after Ray, which sets a handler too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def replicas(pid: int, application: str) -> list[psutil.Process]:

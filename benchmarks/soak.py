@@ -24,13 +24,14 @@ import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.serve_endpoint import Running, end_cleanly, promote, register_copies, replicas, resident_bytes, served
+from benchmarks.serve_endpoint import Running, promote, register_copies, replicas, resident_bytes, served
 from benchmarks.serve_requests import largest_difference, plan_requests, rows_of
 from benchmarks.soak_checks import MOST_DIFFERENCE, Check, Kill, Log, Sample, Swap, judge, summary
 from benchmarks.soak_traffic import Story, send_traffic
 from cluster.metric_files import EVERY_S
 from cluster.placement import ServeSection
 from cluster.serving import APPLICATION
+from cluster.signals import ended_by_signals
 from components.models import load_parts
 from components.sampler import draw
 from components.signing_key import read_public_keys
@@ -78,7 +79,6 @@ def main() -> int:
         config = Config(workspace=str(Path(folder) / "workspace"), serve=settings)
         step("registering three versions and starting the endpoint")
         versions = register_copies(config, COPIES)
-        end_cleanly()
         with served(config) as running:
             log = asyncio.run(disturb(config, running, plan, list(versions)))
             alive = psutil.Process(running.pid).children(recursive=True)
@@ -219,4 +219,5 @@ def show(checks: Sequence[Check]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ended_by_signals():
+        sys.exit(main())

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import quote
 
+from starlette.concurrency import run_in_threadpool
+
 from cluster.images_schema import Order
 from cluster.painter_bridge import Drawing
 from cluster.painter_contract import Finished, Job, Partial
@@ -56,9 +58,11 @@ async def write_events(
         async for event in drawing:
             if isinstance(event, Partial):
                 seed = order.rows[event.row]["seed"]
-                yield events.partial(event.content, event.index, index=event.row, seed=seed)
+                # In a thread: encoding a large picture as JSON would hold up every other stream.
+                yield await run_in_threadpool(events.partial, event.content, event.index, index=event.row, seed=seed)
                 continue
             facts, done = provenance_of(event.facts), replace(events, size=event.size)
             for index, content in enumerate(event.contents):
-                yield done.completed(content, index=index, seed=order.rows[index]["seed"], **facts)
+                seed = order.rows[index]["seed"]
+                yield await run_in_threadpool(done.completed, content, index=index, seed=seed, **facts)
             on_finished(event)

@@ -4,6 +4,7 @@ MLflow's aliases are last-writer-wins and keep no history. So each move holds th
 is about to do (the intent, with the whole journal line), moves `previous` before `champion`, reads both again, appends
 the line to the journal, and removes the intent. Whoever comes after a crash finds the intent and finishes or undoes it.
 A move can name the champion it was decided against: if that one was replaced meanwhile, nothing moves.
+`challenger` is what is tried on traffic on purpose; a version that became champion is tried no more.
 """
 
 import time
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
-from cluster.errors import ChampionMovedError, RegistryError, StorageError
+from cluster.canary import Trial, hold_trial, read_trial, trial_lives, write_trial
+from cluster.errors import ChallengerBusyError, ChampionMovedError, RegistryError, StorageError
+from cluster.judging import judged_now
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_RETIRED, TAG_SINCE, Registry, Version
 
 Notify = Callable[[str], None]
-PROMOTE, ROLLBACK, FOUND, RETIRE = "promote", "rollback", "champion_found", "retire"
+PROMOTE, ROLLBACK, FOUND, RETIRE, CHALLENGE = "promote", "rollback", "champion_found", "retire", "challenger"
 NO_CHAMPION = 0
 """As `expected`: the move was decided when there was no champion."""
 SETTLE_WAIT_S = 2.0
@@ -74,17 +77,64 @@ def roll_back(registry: Registry, name: str, line: Mapping[str, Any], notify: No
         return _move(registry, wanted, old, {"event": ROLLBACK, **line}, confirm)
 
 
-def set_challenger(registry: Registry, name: str, number: int | None) -> None:
-    """Say which version is being tried; None says that none is."""
+def set_challenger(
+    registry: Registry, name: str, number: int | None, reasons: Sequence[str] = (), notify: Notify | None = None
+) -> Version | None:
+    """Try a version on traffic beside the champion, or none for None; journaled. Returns the challenger before.
+
+    RegistryError for the champion itself, and for a version that is not there.
+    """
+    with _aliases(registry, name, "challenger", notify):
+        before = registry.by_alias(name, CHALLENGER)
+        if number is not None:
+            _check_challenger(registry, name, number)
+        if number != (before.number if before else None):
+            registry.set_alias(name, CHALLENGER, number)
+            append_journal(registry.workspace, CHALLENGE, name=name, version=number, reasons=list(reasons))
+        return before
+
+
+@contextmanager
+def trying(registry: Registry, name: str, number: int, share: float) -> Iterator[None]:
+    """Let a version answer a share of the requests for the block, as challenger; afterwards it is one no more.
+
+    ChallengerBusyError, and nothing touched, where another version is the challenger.
+    """
+    with hold_trial(registry, name, number):
+        with _aliases(registry, name, "canary", None):
+            _end_trial(registry, name)  # the lease is ours, so whoever wrote it is gone
+            _check_challenger(registry, name, number)
+            other = registry.by_alias(name, CHALLENGER)
+            if other is not None:
+                raise ChallengerBusyError(f"version {other.number} is the challenger of {name} already, set by hand")
+            write_trial(registry, name, Trial(number, share))
+            registry.set_alias(name, CHALLENGER, number)
+            append_journal(registry.workspace, CHALLENGE, name=name, version=number, share=share, reasons=["canary"])
+        try:
+            yield
+        finally:
+            with _aliases(registry, name, "canary", None):
+                _end_trial(registry, name)
+                append_journal(registry.workspace, CHALLENGE, name=name, version=None, reasons=["the canary ended"])
+
+
+def drop_challenger(registry: Registry, name: str, number: int, reasons: Sequence[str]) -> bool:
+    """Take the alias from a version that was refused; another challenger stays. Returns whether it was this one."""
     with _aliases(registry, name, "challenger", None):
-        registry.set_alias(name, CHALLENGER, number)
+        challenger = registry.by_alias(name, CHALLENGER)
+        if challenger is None or challenger.number != number:
+            return False
+        registry.set_alias(name, CHALLENGER, None)
+        append_journal(registry.workspace, CHALLENGE, name=name, version=None, reasons=list(reasons))
+        return True
 
 
 def settle(registry: Registry, name: str) -> list[str]:
     """Repair what a crash or a stranger left, and say what was repaired; whoever holds the lock now is left alone.
 
     An intent whose champion was reached gets its journal line; one that was not is undone. A champion that no line
-    tells of (an alias moved by other tools, a journal that was lost) gets a line that says so.
+    tells of (an alias moved by other tools, a journal that was lost) gets a line that says so. A challenger that is the
+    champion is one no more, and so is one that a process tried which is gone.
     """
     if not _unsettled(registry, name) or read_lease(registry.lock_path(name)) is not None:
         return []
@@ -96,13 +146,14 @@ def settle(registry: Registry, name: str) -> list[str]:
 
 
 def retire(registry: Registry, name: str, keep: int, also: Sequence[int] = ()) -> list[Version]:
-    """Mark versions that are neither aliased, nor in `also`, nor among the last `keep`; return those marked by now.
+    """Mark versions without alias that are not judged now, in `also` or among the last `keep`; return those marked.
 
     Only a mark: the registry keeps its entry and the workspace its files.
     """
     with _aliases(registry, name, "retention", None):
         aliased = [registry.by_alias(name, alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)]
         kept = {version.number for version in aliased if version is not None} | set(also)
+        kept |= set(judged_now(registry, name))
         others = [version for version in registry.versions(name) if version.number not in kept]
         retired = others[: len(others) - keep] if keep < len(others) else []
         for version in retired:
@@ -114,7 +165,7 @@ def retire(registry: Registry, name: str, keep: int, also: Sequence[int] = ()) -
 def reigns(journal: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
     """Return the journal's alias moves of a model, oldest first, each with `since` and, once it ended, `until`."""
     moves = [dict(line) for line in journal if _is_move(line, name)]
-    for line, following in zip(moves, [*moves[1:], {}], strict=True):
+    for line, following in zip(moves, [*moves[1:], {}], strict=False):  # of no moves, one too many
         line.setdefault("since", line["time"])
         line["until"] = following.get("since", following.get("time"))
     return moves
@@ -137,7 +188,7 @@ def _aliases(registry: Registry, name: str, owner: str, notify: Notify | None) -
 def _move(
     registry: Registry, wanted: Version, old: Version | None, line: Mapping[str, Any], confirm: Callable[[], Any]
 ) -> Move:
-    """Intent, previous, champion, journal, in this order; the caller holds the lock."""
+    """Intent, previous, champion, challenger, journal, in this order; the caller holds the lock."""
     name, since = wanted.name, now()
     before = registry.by_alias(name, PREVIOUS)
     to = {"champion": wanted.number, "previous": old.number if old else (before.number if before else None)}
@@ -152,6 +203,8 @@ def _move(
     registry.tag(wanted, {TAG_SINCE: since} | ({TAG_RETIRED: ""} if wanted.tags.get(TAG_RETIRED) else {}))
     confirm()
     registry.set_alias(name, CHAMPION, wanted.number)
+    if _is_tried(registry, wanted):
+        registry.set_alias(name, CHALLENGER, None)
     _journal(registry, whole)
     _intent_path(registry, name).unlink(missing_ok=True)
     champion, previous = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
@@ -177,6 +230,13 @@ def _settle(registry: Registry, name: str) -> list[str]:
                 f"undone: a move to version {line['champion']} ended half-way; the champion is {number or 'unset'}"
             )
         path.unlink(missing_ok=True)
+    trial = read_trial(registry, name)
+    if trial is not None and not trial_lives(registry, name):
+        _end_trial(registry, name)
+        said.append(f"ended: the trial of version {trial.version}, whose process is gone")
+    if champion is not None and _is_tried(registry, champion):
+        registry.set_alias(name, CHALLENGER, None)
+        said.append(f"repaired: version {number} is the champion, and the challenger no more")
     if number != _journaled(registry, name):
         reason = "the alias was moved outside of this workspace, or the journal lost its line"
         previous = registry.by_alias(name, PREVIOUS)
@@ -191,7 +251,33 @@ def _unsettled(registry: Registry, name: str) -> bool:
     if _intent_path(registry, name).exists():
         return True
     champion = registry.by_alias(name, CHAMPION)
+    if champion is not None and _is_tried(registry, champion):
+        return True
+    if read_trial(registry, name) is not None and not trial_lives(registry, name):
+        return True
     return (champion.number if champion else None) != _journaled(registry, name)
+
+
+def _check_challenger(registry: Registry, name: str, number: int) -> None:
+    champion = registry.by_alias(name, CHAMPION)
+    if champion is not None and champion.number == registry.by_number(name, number).number:
+        raise RegistryError(
+            f"challenger of {name} expected to be another version than the champion, found {number}, which serves"
+            " already; name another version"
+        )
+
+
+def _end_trial(registry: Registry, name: str) -> None:
+    """Take alias and share of a trial away; a challenger that was named meanwhile stays."""
+    trial, challenger = read_trial(registry, name), registry.by_alias(name, CHALLENGER)
+    if trial is not None and challenger is not None and challenger.number == trial.version:
+        registry.set_alias(name, CHALLENGER, None)
+    write_trial(registry, name, None)
+
+
+def _is_tried(registry: Registry, version: Version) -> bool:
+    challenger = registry.by_alias(version.name, CHALLENGER)
+    return challenger is not None and challenger.number == version.number
 
 
 def _journaled(registry: Registry, name: str) -> int | None:

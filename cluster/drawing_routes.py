@@ -29,14 +29,14 @@ from cluster.artifacts import Workspace
 from cluster.cancel_files import CancelFiles
 from cluster.capture import Capture, Served, open_capture
 from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, make_order
-from cluster.metric_files import MetricFiles
+from cluster.metric_files import MetricFiles, metrics_folder
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job
 from cluster.picture_urls import PictureStore, address_of, open_pictures
 from cluster.placement import ServeSection
 from cluster.request_ids import request_id_of
 from cluster.request_log import RequestLog
-from cluster.request_watch import note, note_error
+from cluster.request_watch import arrived_at, note, note_error
 from cluster.serve_metrics import ServeMetrics
 from cluster.sse import stream
 from cluster.tracing import open_traces
@@ -80,7 +80,7 @@ class Desk:
         self.pictures = open_pictures(self.limits, Workspace(self.folder).pictures)
         serving = self.folder / "serving" / self.application
         self.metrics = ServeMetrics(self.replica, self.numbers)
-        self.metric_files = MetricFiles(serving / "metrics", self.metrics)
+        self.metric_files = MetricFiles(metrics_folder(self.folder, self.application), self.metrics)
         self.metric_files.start()
         self.log = RequestLog(serving / f"requests-{self.replica}.jsonl")
         self._others = CancelFiles(serving / "cancel", self.bridge.cancel) if self.limits.max_replicas > 1 else None
@@ -216,7 +216,8 @@ def _make_job(
     version = desk.check_model(body.model)
     order = make_order(body, desk.limits, painter.info(version), key.priority if key else MOST_PRIORITY, own_size)
     name = key.name if key else ""
-    return Job(request_id_of(request), order, name, version=version, timed=desk.traces is not None)
+    timed, arrived = desk.traces is not None, arrived_at(request)
+    return Job(request_id_of(request), order, name, version=version, timed=timed, arrived=arrived)
 
 
 async def _capture_streamed(desk: Desk, job: Job, offered: list[Finished], began: float) -> None:

@@ -50,5 +50,9 @@ class RegistryError(RuntimeError):
     exit_code = 1
 
 
+class ChallengerBusyError(RegistryError):
+    """Another version is being tried on traffic."""
+
+
 class ChampionMovedError(RegistryError):
     """Another promoter changed the champion between the evidence and the move; nothing was changed."""

@@ -64,7 +64,7 @@ class ImageOptions(BaseModel):
     guidance_scale: Real = Field(None, description="how strongly the prompt is followed; up to 1 turns guidance off")
     negative_prompt: str | None = Field(None, description="what not to draw")
     scheduler: str | None = Field(None, description="solver of the denoising equation, by name")
-    deadline_s: Real = Field(None, description="seconds after which the pictures are of no use: refused when too few")
+    deadline_s: Real = Field(None, description="seconds from now after which the pictures are of no use")
     priority: Whole = Field(None, description="0 to 9, higher first; a key has an upper limit")
     postprocess: list[str] | str | None = Field(None, description="retouching steps by name, applied in order")
     background: Literal["auto", "opaque"] | None = Field(None, description=WITHOUT_EFFECT)

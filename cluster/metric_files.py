@@ -20,9 +20,11 @@ from prometheus_client.registry import Collector
 
 from cluster.artifacts import write_bytes_atomic
 from cluster.errors import StorageError
-from cluster.serve_metrics import ServeMetrics
+from cluster.serve_metrics import MODEL_INFO, ServeMetrics
 
 EVERY_S = 5.0
+LIVING_S = 15.0
+"""A replica whose file is older than the newest one by more is not asked which model it draws with."""
 FORGET_S = 30.0
 REMOVE_S = 600.0
 SUFFIX = ".prom"
@@ -86,6 +88,27 @@ class MetricFiles:
             return now - path.stat().st_mtime
         except OSError:
             return float("inf")
+
+
+def metrics_folder(workspace: Path, application: str) -> Path:
+    """Return where the replicas of an application of Ray Serve leave their numbers."""
+    return workspace / "serving" / application / "metrics"
+
+
+def versions_of_replicas(folder: Path) -> set[str]:
+    """Return the model versions with which the replicas that live draw, as they last wrote them down."""
+    written: dict[Path, float] = {}
+    for path in folder.glob(f"*{SUFFIX}"):
+        with suppress(OSError):  # it ended while we looked
+            written[path] = path.stat().st_mtime
+    found: set[str] = set()
+    for path, at in written.items():
+        if max(written.values()) - at <= LIVING_S:
+            with suppress(OSError):
+                families = text_string_to_metric_families(path.read_text("utf-8"))
+                samples = [sample for family in families if family.name == MODEL_INFO for sample in family.samples]
+                found |= {sample.labels["model_version"] for sample in samples}
+    return found
 
 
 class _Merged(Collector):

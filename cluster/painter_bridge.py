@@ -9,10 +9,10 @@ while, in place of being refused.
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ IN_USE_RETRY_S = 1
 SWAPPING_RETRY_S = 10
 CANCELLED_STATUS = 499
 HOLD_POLL_S = 0.05
-LEAST_DEADLINE_S = 0.001
 HELPERS = 4
 """Threads that judge and encode what is asked, and as many that make files: neither kind of work holds up the other."""
 LOG = logging.getLogger(__name__)
@@ -151,17 +150,18 @@ class PainterBridge:
         drawing = Drawing(events, self._makers, partial(self._leave, painter, job.request_id))
         with self._lock:
             self._accepting.add(job.request_id)
-        began, deadline_s = loop.time(), job.order.deadline_s
-        wait_s = min(self._limits.wait_s, deadline_s or self._limits.wait_s)
+        until = time.monotonic() + self._limits.wait_s
+        if job.order.deadline_s is not None:
+            until = min(until, job.arrived + job.order.deadline_s)
         while True:
-            accepted = self._helpers.submit(painter.submit, _with_less_time(job, loop.time() - began), receive)
+            accepted = self._helpers.submit(painter.submit, job, receive)
             try:
                 await asyncio.wrap_future(accepted)
                 break
             except SwappingError as error:
                 try:
-                    await self._hold(painter, job.request_id, began + wait_s, str(error))
-                except BaseException:
+                    await self._hold(painter, job.request_id, until, str(error))
+                except BaseException:  # a caller that leaves while it is held, too
                     drawing.close()
                     raise
             except BaseException:
@@ -202,7 +202,7 @@ class PainterBridge:
 
     async def _hold(self, painter: Painter, request_id: str, until: float, reason: str) -> None:
         """Return when the painter takes requests again; ApiError when that takes too long, or too many wait."""
-        loop, limits = asyncio.get_running_loop(), self._limits
+        limits = self._limits
         if len(self._held) >= limits.most_waiting:
             message = f"another model is being loaded, and {len(self._held)} requests wait for it ({reason})"
             raise later(503, message, "swapping", SWAPPING_RETRY_S)
@@ -211,7 +211,7 @@ class PainterBridge:
             while painter.swapping():
                 if request_id in self._cancelled:
                     raise _cancelled()
-                if loop.time() >= until:
+                if time.monotonic() >= until:
                     message = f"another model is being loaded, which takes longer than this request may wait ({reason})"
                     raise later(503, message, "swapping", SWAPPING_RETRY_S)
                 await asyncio.sleep(HOLD_POLL_S)
@@ -240,14 +240,6 @@ class PainterBridge:
 
     def _tell(self, swap_error: str) -> None:
         self.swap_error = swap_error
-
-
-def _with_less_time(job: Job, spent_s: float) -> Job:
-    """Take what was spent on waiting from a job's deadline, which the painter counts from when it sees it."""
-    if job.order.deadline_s is None:
-        return job
-    left_s = max(LEAST_DEADLINE_S, job.order.deadline_s - spent_s)
-    return replace(job, order=replace(job.order, deadline_s=left_s))
 
 
 def _cancelled() -> ApiError:

@@ -4,8 +4,9 @@ The painter is made by an importable factory. It draws in threads of its own and
 picture takes time, so an event comes as a function that makes it, called where it holds nobody up.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cluster.images_schema import Order
@@ -31,6 +32,8 @@ class Job:
     """The version that was asked for by number; None lets the painter choose."""
     timed: bool = False
     """Somebody wants to know when each of its phases began and ended."""
+    arrived: float = field(default_factory=time.monotonic)
+    """By time.monotonic; the order's `deadline_s` counts from then, whatever it waits for on the way to the model."""
 
 
 class Phase(NamedTuple):

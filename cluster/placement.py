@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cluster.errors import PlacementError
 
+LOAD_LIMIT_S, COMPILE_LIMIT_S = 300.0, 240.0
+"""How long a model may take until it draws, and how much longer for every number of rows that is compiled."""
+
 
 class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
@@ -63,7 +66,7 @@ class ServeSection(Section):
     """Pictures waiting for the denoiser; a request that finds no room is answered 429 with Retry-After.
 
     With API keys, a key that has pictures waiting holds at most its share by priority of a queue that is more than half
-    full, one share being left for a key that has none.
+    full, one share being left for a key that has none. Each replica has a queue of its own.
     """
     max_batch_rows: int = Field(64, ge=2)
     """Denoiser rows of one step, of all requests together; a guided picture needs two."""
@@ -100,7 +103,10 @@ class ServeSection(Section):
     max_body_bytes: int = Field(1_000_000, ge=1024)
     """Largest JSON body; a larger one is answered 413 before it is held in memory."""
     api_keys_file: str = ""
-    """YAML list of key hashes with names, rate limits and priorities; empty asks for no keys (this machine only)."""
+    """YAML list of key hashes with names, rate limits and priorities; empty asks for no keys (this machine only).
+
+    Each replica counts for itself: a key may send up to its limit times `max_replicas`.
+    """
     max_upload_bytes: int = Field(20_000_000, ge=1024)
     """Largest body of an edit: picture, mask and fields together."""
     max_upload_pixels: int = Field(16_000_000, ge=256)
@@ -115,7 +121,10 @@ class ServeSection(Section):
     url_max_bytes: int = Field(1_000_000_000, ge=1024)
     """Of all kept pictures together; above it, those that expire first are removed first."""
     public_url: str = ""
-    """Where clients reach the endpoint, for the addresses of pictures; empty: as the request says."""
+    """Where clients reach the endpoint, for the addresses of pictures; empty: as the request says.
+
+    Where serve.host is not this machine alone, endpoint.json names it too.
+    """
     capture_share: float = Field(0.2, ge=0, le=1)
     """Share of requests whose features are kept for the monitor; 0 keeps none."""
     capture_prompts: bool = False
@@ -135,7 +144,8 @@ class ServeSection(Section):
     drain_s: float = Field(60.0, gt=0)
     """A replica that is to end gets so long to finish what it draws."""
     threads: int = Field(0, ge=0)
-    """Threads of a replica that draws on a CPU; 0 takes the number that draws a first picture fastest."""
+    """Threads of a replica that draws on a CPU; 0: for each call of the denoiser the number that draws a first picture
+    fastest, and calls of many rows are cut into parts for the cores that are left."""
     otlp_endpoint: str = ""
     """OpenTelemetry collector that gets a trace of each request by OTLP/HTTP, such as http://HOST:4318; empty: none."""
     cpus_per_replica: float = Field(0.5, gt=0)
@@ -210,6 +220,12 @@ class ServeSection(Section):
             return self.row_buckets
         powers = (2**exponent for exponent in range(self.max_batch_rows.bit_length()))
         return tuple(sorted({*powers, self.max_batch_rows}))
+
+    @property
+    def ready_limit_s(self) -> float:
+        """How long a replica may take until it draws: every bucket that is compiled has its own time."""
+        num_compiled = (1 if self.strict else len(self.buckets)) if self.compile else 0
+        return LOAD_LIMIT_S + num_compiled * COMPILE_LIMIT_S
 
 
 @dataclass(frozen=True)

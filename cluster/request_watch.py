@@ -27,7 +27,7 @@ GONE_STATUS = 499
 """As nginx writes it: the client left before an answer began."""
 CODE = re.compile(r"[a-z0-9_]{1,40}")
 MOST_ERROR_BYTES = 8192
-NOTES = "served"
+NOTES, ARRIVED = "served", "arrived"
 TRACE_HEADERS = (b"traceparent", b"tracestate")
 """W3C Trace Context: which trace of the client's this request belongs to."""
 
@@ -77,6 +77,12 @@ def note(
     """
     told = {"rows": rows, "version": None if version is None else str(version), "key": key, "phases": phases}
     _notes(request).update({name: value for name, value in told.items() if value is not None})
+
+
+def arrived_at(request: Request) -> float:
+    """Return when the first of a request came here, by time.monotonic; now where nobody watched."""
+    arrived: float = request.scope.get("state", {}).get(ARRIVED, time.monotonic())
+    return arrived
 
 
 def note_error(request: Request, error: ApiError) -> None:
@@ -146,7 +152,7 @@ class RequestWatch:
             await self.app(scope, receive, send)
             return
         observed = _Observed()
-        scope.setdefault("state", {})[NOTES] = {}
+        scope.setdefault("state", {}).update({NOTES: {}, ARRIVED: observed.start})
 
         async def hear() -> Message:
             message = await receive()

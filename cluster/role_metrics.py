@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -18,6 +19,8 @@ Role = Literal["champion", "challenger", "shadow"]
 Outcome = Literal["done", "failed", "cancelled", "dropped"]
 BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300)
 """Close together where pictures take their time, 1 to 60 s; the last, without end, follows them."""
+STEP_BUCKETS_S = tuple(round(0.001 * 2 ** (quarter / 4), 6) for quarter in range(57))
+"""Of the seconds a step takes: quarters of an octave from 1 ms to 16 s, so that "half as long again" can be seen."""
 STATISTICS = ("brightness", "contrast", "saturation")
 
 
@@ -29,9 +32,16 @@ class Tally:
     seconds: float = 0.0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
     """Requests that were done, by their seconds; each in one bucket."""
+    step_s: float = 0.0
+    step_buckets: list[int] = field(default_factory=lambda: [0] * (len(STEP_BUCKETS_S) + 1))
+    """Of these requests, those whose steps are known, by seconds for each step."""
     pictures: int = 0
+    refused: int = 0
+    """Pictures that the safety stage kept back."""
     statistics: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATISTICS, 0.0))
     """Sums over the pictures."""
+    squares: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATISTICS, 0.0))
+    """Sums of the same, squared."""
 
 
 class RoleTallies:
@@ -41,13 +51,16 @@ class RoleTallies:
         self._tallies: dict[str, Tally] = {}
         self._lock = threading.Lock()
 
-    def done(self, role: Role, seconds: float) -> None:
-        """A request was drawn."""
+    def done(self, role: Role, seconds: float, step_s: float | None = None) -> None:
+        """A request was drawn; `step_s` is what one of its steps took, None where that would compare with nothing."""
         with self._lock:
             tally = self._of(role)
             tally.outcomes["done"] += 1
             tally.seconds += seconds
             tally.buckets[bisect_left(BUCKETS_S, seconds)] += 1
+            if step_s is not None:
+                tally.step_s += step_s
+                tally.step_buckets[bisect_left(STEP_BUCKETS_S, step_s)] += 1
 
     def ended(self, role: Role, outcome: Outcome) -> None:
         """A request ended in another way; `dropped` is a shadow that found no room."""
@@ -62,6 +75,12 @@ class RoleTallies:
             tally.pictures += 1
             for name in STATISTICS:
                 tally.statistics[name] += statistics[name]
+                tally.squares[name] += statistics[name] ** 2
+
+    def refused(self, role: Role, pictures: int) -> None:
+        """The safety stage kept pictures back."""
+        with self._lock:
+            self._of(role).refused += pictures
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Return what `role_families` reads: a copy, by role."""
@@ -78,7 +97,11 @@ def role_families(
     """Yield the series of `RoleTallies.read`, and which version has which role now."""
     if tallies:
         yield _outcomes(replica, tallies)
-        yield _seconds(replica, tallies)
+        text = "From the engine's acceptance of a request to its last picture"
+        yield _histogram(replica, tallies, "fresco_role_seconds", text, BUCKETS_S, ("buckets", "seconds"))
+        text = "Of a request, from its start to its last picture, for each denoising step; edits and shadows left out"
+        keys = ("step_buckets", "step_s")
+        yield _histogram(replica, tallies, "fresco_role_step_seconds", text, STEP_BUCKETS_S, keys)
         yield from _pictures(replica, tallies)
     if versions:
         text = "1 for the version that has the role now"
@@ -97,25 +120,34 @@ def _outcomes(replica: str, tallies: Mapping[str, Mapping[str, Any]]) -> Metric:
     return family
 
 
-def _seconds(replica: str, tallies: Mapping[str, Mapping[str, Any]]) -> Metric:
-    text = "From the engine's acceptance of a request to its last picture"
-    family = HistogramMetricFamily("fresco_role_seconds", text, labels=["replica", "role"])
+def _histogram(
+    replica: str,
+    tallies: Mapping[str, Mapping[str, Any]],
+    name: str,
+    text: str,
+    bounds_s: tuple[float, ...],
+    keys: tuple[str, str],
+) -> Metric:
+    """Requests of each role by seconds; `keys` name the counts by bucket and the sum in a tally."""
+    family = HistogramMetricFamily(name, text, labels=["replica", "role"])
+    bounds = [*(str(float(bound)) for bound in bounds_s), "+Inf"]
     for role, tally in tallies.items():
-        bounds = [*(str(float(bound)) for bound in BUCKETS_S), "+Inf"]
-        counts = [float(sum(tally["buckets"][: index + 1])) for index in range(len(bounds))]
-        family.add_metric([replica, role], list(zip(bounds, counts, strict=True)), tally["seconds"])
+        reached = [float(count) for count in accumulate(tally[keys[0]])]
+        family.add_metric([replica, role], list(zip(bounds, reached, strict=True)), tally[keys[1]])
     return family
 
 
 def _pictures(replica: str, tallies: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
-    text = "Pictures drawn by each role; what the sums below are divided by"
-    family = CounterMetricFamily("fresco_role_pictures", text, labels=["replica", "role"])
-    for role, tally in tallies.items():
-        family.add_metric([replica, role], tally["pictures"])
-    yield family
+    told = [
+        ("pictures", "Pictures drawn by each role; what the sums below are divided by", "pictures", ""),
+        ("refused_pictures", "Of these, pictures that the safety stage kept back", "refused", ""),
+    ]
     for name in STATISTICS:
-        text = f"Sum over pictures of their {name} in [0, 1]; divided by fresco_role_pictures_total: the mean"
-        family = CounterMetricFamily(f"fresco_role_{name}", text, labels=["replica", "role"])
+        mean = f"Sum over pictures of their {name} in [0, 1]; divided by fresco_role_pictures_total: the mean"
+        square = f"Sum over pictures of their {name}, squared: with the sum above, the variance"
+        told += [(name, mean, "statistics", name), (f"{name}_squared", square, "squares", name)]
+    for series, text, key, statistic in told:
+        family = CounterMetricFamily(f"fresco_role_{series}", text, labels=["replica", "role"])
         for role, tally in tallies.items():
-            family.add_metric([replica, role], tally["statistics"][name])
+            family.add_metric([replica, role], tally[key][statistic] if statistic else tally[key])
         yield family

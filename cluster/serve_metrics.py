@@ -70,7 +70,7 @@ LEVELS = {
     "held_requests": ("fresco_held_requests", "Requests that wait for such a swap"),
 }
 """Key -> name and help of a gauge."""
-INFO = ("model_version", "dataset", "run_id")
+MODEL_INFO, INFO = "fresco_model_info", ("model_version", "dataset", "run_id")
 OTHER_KEYS = ("versions", "state", "roles", "role_versions")
 
 
@@ -174,7 +174,7 @@ class _Engine(Collector):
             yield self._family(GaugeMetricFamily, "fresco_ready", text, (), [((), ready)])
         if "model_version" in found:
             values = tuple(str(found.get(key, "")) for key in INFO)
-            yield self._family(GaugeMetricFamily, "fresco_model_info", "What new requests get", INFO, [(values, 1.0)])
+            yield self._family(GaugeMetricFamily, MODEL_INFO, "What new requests get", INFO, [(values, 1.0)])
         if "versions" in found:
             loaded = sorted(found["versions"].items(), key=lambda item: -item[1])[:MOST_VERSIONS]
             samples = [((str(name),), float(count)) for name, count in loaded]

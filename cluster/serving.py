@@ -4,7 +4,9 @@ The model comes as an importable factory and plain arguments; nothing here knows
 before anything starts. Serve's own limit is far above ours, so that a full endpoint is answered in OpenAI's shape.
 """
 
+import errno
 import logging
+import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.companion import Companion
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_loading import Follow
@@ -24,12 +27,16 @@ from cluster.scaling import LoadReport, replica_options
 from cluster.session import local_session
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.schema import LoggingConfig
     from starlette.types import ASGIApp
 
 APPLICATION, DEPLOYMENT = "fresco", "images"
 MOST_REQUESTS = 4096
 """Requests that Serve lets to a replica at a time: the engine refuses long before, and says when to come again."""
-READY_LIMIT_S = 300.0
+FREE_PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to outgoing connections, and above Ray's: a port is bound seconds after it was found."""
+TRIED_PORTS = 50
 POLL_S = 0.25
 TELL_S = 20.0
 """A replica without a model stays so long to say why."""
@@ -58,7 +65,7 @@ class ImagesReplica:
     A model that cannot be loaded makes a replica that says so, at /readyz and as a failed health check.
     """
 
-    def __init__(self, source: ModelSource, settings: Mapping[str, Any]) -> None:
+    def __init__(self, source: ModelSource, settings: Mapping[str, Any], companion: object = None) -> None:
         from ray import serve
 
         from cluster.drawing_routes import Desk
@@ -66,10 +73,11 @@ class ImagesReplica:
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
         context = serve.get_replica_context()
         names = (context.replica_id.unique_id, context.app_name)
-        self.desk = Desk(self.bridge, ServeSection(**settings), source.name, Path(source.workspace), *names)
+        limits = ServeSection(**settings)
+        self.desk = Desk(self.bridge, limits, source.name, Path(source.workspace), *names)
         self.load_report = LoadReport()
         # Serve deals requests to a replica from here on: one that still loads would refuse what another could draw.
-        self.bridge.wait_until_loaded(READY_LIMIT_S)
+        self.bridge.wait_until_loaded(limits.ready_limit_s)
         self._made = time.monotonic()
 
     def __serve_build_asgi_app__(self) -> "ASGIApp":
@@ -119,7 +127,7 @@ def endpoint(
             route = "" if application == APPLICATION else f"/{application}"
             _deploy(source, settings, port, application, route)
             url = url_of(settings.host, port) + route
-            wait_until_ready(url)
+            wait_until_ready(url, settings.ready_limit_s)
             yield url
         finally:
             _remove(application, shared)
@@ -128,12 +136,19 @@ def endpoint(
 def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
-    from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     http = HTTPOptions(host=settings.host, port=port)
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=quiet)
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=_quiet())
+    serve.run(make_application(source, settings), name=application, route_prefix=route or "/")
+
+
+def make_application(
+    source: ModelSource, settings: ServeSection, companion: Mapping[str, Any] | None = None
+) -> "Application":
+    """Return the endpoint as Serve deploys it; `companion` (arguments of `Companion`) runs beside the replicas."""
+    from ray import serve
+
     as_deployment = serve.deployment(
         name=DEPLOYMENT,
         **replica_options(settings),
@@ -144,10 +159,19 @@ def _deploy(source: ModelSource, settings: ServeSection, port: int, application:
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
-        logging_config=quiet,
+        logging_config=_quiet(),
     )
-    images = as_deployment(serve.ingress()(ImagesReplica)).bind(source, settings.model_dump())
-    serve.run(images, name=application, route_prefix=route or "/")
+    images = as_deployment(serve.ingress()(ImagesReplica))
+    if companion is None:
+        return images.bind(source, settings.model_dump())
+    beside = serve.deployment(name="companion", ray_actor_options={"num_cpus": 0}, logging_config=_quiet())
+    return images.bind(source, settings.model_dump(), beside(Companion).bind(**companion))
+
+
+def _quiet() -> "LoggingConfig":
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
 def replica_memory_bytes(application: str) -> int:
@@ -174,18 +198,27 @@ def _remove(application: str, shared: bool) -> None:
 
 def find_port(host: str, port: int) -> int:
     """Return `port`, or a free one for 0; PlacementError when it is taken or the host is not this machine's."""
-    try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with closing(socket.socket(address[0], socket.SOCK_STREAM)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address[4])
-            probe.listen(1)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise PlacementError(
-            f"serve.port expected to be free on serve.host, found {host}:{port} not usable: {error.strerror or error};"
-            " end what listens there, or choose another with --set serve.port=0 (0 takes a free one)"
-        ) from error
+    wanted = [port] if port else random.sample(FREE_PORTS, TRIED_PORTS)
+    while True:
+        try:
+            return _bound(host, wanted.pop())
+        except OSError as error:
+            if wanted and error.errno == errno.EADDRINUSE:
+                continue
+            raise PlacementError(
+                f"serve.port expected to be free on serve.host, found {host}:{port} not usable:"
+                f" {error.strerror or error}; end what listens there, or choose another with --set serve.port=0 (0"
+                " takes a free one)"
+            ) from error
+
+
+def _bound(host: str, port: int) -> int:
+    address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with closing(socket.socket(address[0], socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address[4])
+        probe.listen(1)
+        return int(probe.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
@@ -206,7 +239,7 @@ def readiness(url: str) -> dict[str, Any] | None:
     return status if isinstance(status, dict) and "status" in status else None
 
 
-def wait_until_ready(url: str, limit_s: float = READY_LIMIT_S, notify: Callable[[str], None] | None = None) -> None:
+def wait_until_ready(url: str, limit_s: float, notify: Callable[[str], None] | None = None) -> None:
     """Wait for the first drawing; EndpointError with the model's own words when it fails, or past the limit."""
     start = time.monotonic()
     while True:

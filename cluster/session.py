@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.errors import PlacementError
 from cluster.placement import PlacementSection
+from cluster.signals import handlers_kept
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 QUIET_ENVIRONMENT = {
@@ -36,20 +37,25 @@ OBJECT_STORE_BYTES = 400 * 2**20
 
 @contextmanager
 def local_session(placement: PlacementSection) -> Iterator[None]:
-    """Hold a Ray session; PlacementError when the placement can never be scheduled on it."""
+    """Hold a Ray session; PlacementError when the placement can never be scheduled on it.
+
+    Signals go on to do what they did before: Ray's handlers would cut short what cleans up.
+    """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
     shared = ray.is_initialized()
-    if not shared:
-        _start(placement)
-    try:
-        check_fits(placement)
-        yield
-    finally:
+    with handlers_kept() as listen:
         if not shared:
-            ray.shutdown()
+            _start(placement)
+            listen()
+        try:
+            check_fits(placement)
+            yield
+        finally:
+            if not shared:
+                ray.shutdown()
 
 
 def _start(placement: PlacementSection) -> None:

@@ -195,7 +195,7 @@ def _serve(config: dict[str, Any]) -> None:
 def _attempt(task: Task) -> Exception | None:
     try:
         task.run()
-    except Exception as error:
+    except Exception as error:  # whatever a run raises is its own: the group goes on with the next
         if is_disk_full(error):
             return StorageError(disk_message(task.directory, OSError(errno.ENOSPC, "no space left on device")))
         return error

@@ -12,6 +12,7 @@ from PIL import Image
 
 from components.policy import (
     ANCHORS,
+    CANARY,
     CHAMPION,
     CLIP,
     COVERAGE,
@@ -33,6 +34,7 @@ TITLES = {
     CLIP: "CLIP score",
     ANCHORS: "CLIP score on anchor prompts",
     COVERAGE: "Coverage",
+    CANARY: "A share of the traffic",
 }
 OUTCOMES = {
     "pass": ("pass", "good"),

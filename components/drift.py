@@ -7,7 +7,7 @@ verdict is `not_enough_data`, with the number of items that would do. Pure: no c
 Shape letters: N pooled items (reference first).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from components.attribution import Cluster, Word, clusters, disagreement, drifted_words, witness
@@ -157,11 +157,10 @@ def _finding(
     enough = needed is not None and 2 / (1 / sizes[0] + 1 / sizes[1]) >= needed
     verdict: Outcome = "drift" if significant and large else "no_drift" if enough else "not_enough_data"
     auroc = stream_auroc(stream, bank, test.strongest, seed)
-    sentence = _sentence(stream, verdict, test.p_value, level, significant, numbers["effect"], auroc, needed, sizes)
-    return StreamFinding(
+    finding = StreamFinding(
         stream,
         verdict,
-        sentence,
+        "",
         *sizes,
         level,
         test.p_value,
@@ -174,6 +173,7 @@ def _finding(
         needed,
         agreements(bank, test.strongest) if stream == ALIGNMENT else {},
     )
+    return replace(finding, sentence=_sentence(finding, test.p_value, numbers["effect"]))
 
 
 def needed_items(stream: str, bank: Bank, level: float, settings: DriftSettings) -> int | None:
@@ -190,25 +190,17 @@ def needed_items(stream: str, bank: Bank, level: float, settings: DriftSettings)
     return max(items_for_level(level), min(found)) if found else None
 
 
-def _sentence(
-    stream: str,
-    verdict: Outcome,
-    p_value: float,
-    level: float,
-    significant: bool,
-    effect: float,
-    auroc: Estimate | None,
-    needed: int | None,
-    sizes: tuple[int, int],
-) -> str:
+def _sentence(finding: StreamFinding, p_value: float, effect: float) -> str:
+    """Tell a finding that was tested."""
+    stream, verdict, auroc, needed = finding.stream, finding.verdict, finding.auroc, finding.needed
     kind = "the agreement changed by" if stream == ALIGNMENT else "share of arrivals that differ at least"
-    told = f"p = {p_value:.2g} at level {level:.2g}, {kind} {effect:.2f}"
+    told = f"p = {p_value:.2g} at level {finding.level:.2g}, {kind} {effect:.2f}"
     if auroc is not None:
         told += f", AUROC {auroc.value:.2f} ({auroc.low:.2f} to {auroc.high:.2f})"
-    told += f", {sizes[0]} items of the reference and {sizes[1]} arrivals"
+    told += f", {finding.num_reference} items of the reference and {finding.num_arrivals} arrivals"
     if verdict == "drift":
         return f"{stream} drifted: {told}"
-    small = "; the difference is sure, and too small to matter" if significant else ""
+    small = "; the difference is sure, and too small to matter" if p_value <= finding.level else ""
     if verdict == "no_drift":
         return f"{stream}: no drift ({told}; {needed} a side would do){small}"
     if needed is None:

@@ -65,8 +65,11 @@ def feature_work(pictures: Collection[str], captions: Collection[str], rows: int
 
 def make_featurer(job: FeatureJob) -> Callable[[pa.Table], pa.Table]:
     """Return the function that encodes one block of work, stores it as one shard and reports its row count."""
+    import transformers.utils.logging
+
     from components.clip_encoder import ClipEncoder
 
+    transformers.utils.logging.disable_progress_bar()
     encoder = ClipEncoder(job.clip)
 
     def encode(block: pa.Table) -> pa.Table:

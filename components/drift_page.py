@@ -52,7 +52,7 @@ EXPLAINED = {
     " and are no test of their own.",
 }
 WIDTH_PX, MIDDLE_PX = 260, 22
-SHOWN_WORDS, BAR_PX = 8, 120
+SHOWN_WORDS, BAR_PX = 8, 150
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def make_drift_page(
 ) -> str:
     """The whole HTML document; `past` are all looks of this reference that tested, this one last."""
     sections = [section("The streams", _shares(look), _streams(look.streams, smallest_effect))]
-    sections += [_what_drifted(name, shown) for name, shown in drifted.items()]
+    owner = next((name for name in ("captions", "images", "alignment") if name in drifted), "")  # of the same words
+    sections += [_what_drifted(name, shown, name in (owner, "prompts")) for name, shown in drifted.items()]
     if look.statistics:
         note = "Plain numbers of both sides, with Holm's correction over the set."
         sections.append(section("Simple statistics", note, _statistics(look)))
@@ -95,8 +96,22 @@ def make_drift_page(
 
 
 def _lead(look: Look) -> str:
-    reason = look.reasons[0] if look.reasons else ""
-    return f"{HEADS[look.verdict]} {reason[:1].upper()}{reason[1:]}." if reason else HEADS[look.verdict]
+    """The verdict in a sentence, and what it is about."""
+    names = [STREAMS[one.stream][0].lower() for one in look.streams if one.verdict == look.verdict]
+    moved = [STATISTICS[one.name].lower() for one in look.statistics if _moved(look, one)]
+    if look.verdict != "drift":
+        lacking = f" Of too few items: {_listed(names)}." if look.verdict == "not_enough_data" and names else ""
+        return HEADS[look.verdict] + lacking
+    told = f" Drifted: {_listed(names)}." if names else ""
+    return HEADS["drift"] + told + (f" Moved: {_listed(moved)}." if moved else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _moved(look: Look, one: Change) -> bool:
+    return one.adjusted <= look.level / (len(look.streams) + 1) and one.large_enough
 
 
 def _shares(look: Look) -> str:
@@ -152,48 +167,58 @@ def _effect(one: StreamFinding, smallest: float) -> str:
     )
 
 
-def _what_drifted(stream: str, shown: Drifted) -> str:
+def _what_drifted(stream: str, shown: Drifted, with_words: bool) -> str:
     name = STREAMS[stream][0]
     items = []
     for group in shown.groups:
         alike = f"{group.size} alike" if group.size > 1 else "one alone"
-        items.append(Card("Arrived", alike, group.shown))
+        if stream == "prompts":
+            texts = "; ".join(text for text, _ in group.shown if text)
+            items.append(Card(texts or "Prompts whose text was not kept (serve.capture_prompts)", alike, ()))
+        else:
+            items.append(Card("Arrived", alike, group.shown))
         if group.nearest:
             items.append(Card("Nearest that the champion knows", "", group.nearest))
     bodies = [f'<div class="pairs">{cards(items)}</div>'] if items else []
-    if shown.words:
+    if shown.words and with_words:
         bodies.append(_words(shown.words))
+    words = ", and the words that moved" if with_words and shown.words else ""
     note = {
         "alignment": "Pairs whose picture and caption go together worst, by what the reference says goes together.",
-        "prompts": "Prompts that are most unlike the training captions, and the words that moved.",
-    }.get(stream, "Arrivals that are most unlike the reference, and the words that moved.")
+        "prompts": f"Prompts that are most unlike the training captions{words}.",
+    }.get(stream, f"Arrivals that are most unlike the reference{words}.")
     return section(f"What drifted: {name.lower()}", note, *bodies)
 
 
 def _words(words: Sequence[Word]) -> str:
-    """Words that became more and less frequent, with their captions on both sides."""
-    lines = []
+    """Words that became more and less frequent, side by side, with the captions that have them on either side."""
     most = max(abs(word.deviations) for word in words)
-    for sign in (1, -1):
-        for word in [one for one in words if one.deviations * sign > 0][:SHOWN_WORDS]:
-            width = BAR_PX * abs(word.deviations) / most
-            colour = "var(--accent)" if sign > 0 else "var(--other)"
-            bar = (
-                f'<svg viewBox="0 0 {BAR_PX} 14" width="{BAR_PX}" role="img" aria-label="{word.deviations:+.1f}">'
-                f'<rect x="0" y="2" width="{width:.1f}" height="10" rx="2" fill="{colour}"/></svg>'
-            )
-            direction = "more" if sign > 0 else "less"
-            cells = [escape(word.text), f"{bar}<small>{direction}, {word.deviations:+.1f} standard errors</small>"]
-            lines.append(_row([*cells, str(word.reference), str(word.arrivals)]))
-    return _table(("word", "change", "in the reference", "in the window"), lines)
+    sides = []
+    for sign, title in ((1, "More often"), (-1, "Less often")):
+        kept = [word for word in words if word.deviations * sign > 0][:SHOWN_WORDS]
+        lines = "".join(_word(word, most) for word in kept) or "<p>none</p>"
+        head = f"<figcaption>{title} <small>captions: reference, window</small></figcaption>"
+        sides.append(f'<figure class="card words">{head}<div>{lines}</div></figure>')
+    return f'<div class="pairs"><div class="cards">{"".join(sides)}</div></div>'
+
+
+def _word(word: Word, most: float) -> str:
+    width = max(2.0, BAR_PX * abs(word.deviations) / most)
+    colour = "var(--accent)" if word.deviations > 0 else "var(--other)"
+    title = f"{word.deviations:+.1f} standard errors"
+    return (
+        f'<div class="word" title="{title}"><span>{escape(word.text)}</span>'
+        f'<svg viewBox="0 0 {BAR_PX} 10" width="{BAR_PX}" role="img" aria-label="{title}">'
+        f'<rect width="{width:.1f}" height="10" rx="2" fill="{colour}"/></svg>'
+        f"<b>{word.reference}</b><b>{word.arrivals}</b></div>"
+    )
 
 
 def _statistics(look: Look) -> str:
     share = look.level / (len(look.streams) + 1)
     lines = []
     for one in look.statistics:
-        moved = one.adjusted <= share and one.large_enough
-        word = '<span class="bad">moved</span>' if moved else "as before"
+        word = '<span class="bad">moved</span>' if _moved(look, one) else "as before"
         numbers = [f"{_plain(one.reference)}", f"{_plain(one.arrivals)}", _effect_of(one), _small(one.adjusted)]
         lines.append(_row([escape(STATISTICS.get(one.name, one.name)), *numbers, word]))
     return _table(("statistic", "reference", "window", "change", f"p (level {_small(share)})", ""), lines)

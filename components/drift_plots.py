@@ -75,7 +75,8 @@ def plot_budget(looks: Sequence[PastLook], per_year: float) -> str:
 
 
 def _lines(axes: Axes, values: Mapping[str, Sequence[tuple[PastLook, float]]]) -> None:
-    handles, looks = [], []
+    handles: list[Line2D] = []
+    looks: list[PastLook] = []
     for name, points in values.items():
         if not points:
             continue

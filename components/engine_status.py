@@ -28,6 +28,8 @@ class EngineLimits:
     """
     row_buckets: Sequence[int] = ()
     """Numbers of rows a denoiser call may have, ascending; spare rows fill it up to the next. Empty: any number."""
+    calls_at_once: int = 0
+    """Parts that a call of many rows is cut into, made side by side; 0: as `threads.calls_at_once` says."""
 
     def check(self) -> None:
         """Raise InputError for limits that no engine can keep."""

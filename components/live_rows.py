@@ -16,6 +16,7 @@ from torch import Tensor
 
 from components.draw_requests import DrawRequest, Receiver, partial_steps
 from components.row_batch import CallPlan, RowBatch, join, make_plan, step_rows
+from components.side_by_side import SideBySide, in_turn
 from components.versions import Version
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,9 @@ class Group:
     Rows come and go under the engine's lock by bookkeeping alone; the tensors follow in `advance`, without it.
     """
 
-    def __init__(self, version: Version, buckets: tuple[int, ...]) -> None:
-        """`buckets`: see `row_batch.make_plan`."""
-        self.version, self.buckets = version, buckets
+    def __init__(self, version: Version, buckets: tuple[int, ...], calls: SideBySide) -> None:
+        """`buckets`: see `row_batch.make_plan`; `calls` makes those of a step."""
+        self.version, self.buckets, self.calls = version, buckets, calls
         self.rows: list[LiveRow] = []
         """Those that have joined the batch, then those that join with the next step."""
         self.batch: RowBatch | None = None
@@ -204,10 +205,11 @@ class Group:
     def _stepped(self, places: list[int]) -> RowBatch:
         batch = self._select([self._places[place] for place in places])
         plan = self._plan if batch is self.batch else None
-        plan = plan or make_plan(batch, self.buckets)
+        plan = plan or make_plan(batch, self.buckets, self.calls.parts)
         if batch is self.batch:
             self._plan = plan
-        return step_rows(batch, plan, self.version.predict, self.version.family.guide)
+        make_calls = in_turn if self.buckets else self.calls
+        return step_rows(batch, plan, self.version.predict, self.version.family.guide, make_calls)
 
     def _shrink(self, call_rows: int, reason: str) -> None:
         logger.warning(

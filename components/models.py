@@ -233,6 +233,11 @@ def latent_factor(parts: Parts) -> int:
     return factor
 
 
+def size_multiple_px(parts: Parts) -> int:
+    """Widths and heights that the model draws are multiples of it."""
+    return latent_factor(parts) * int(family_named(parts.family).PATCH_CELLS)
+
+
 def component_fingerprint(directory: Path | str, component: str) -> str:
     """12 hex digits over one part's config and weights (`vae`, `text_encoder` with its tokenizer, or `denoiser`)."""
     directory = Path(directory)

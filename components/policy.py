@@ -24,6 +24,8 @@ Outcome = Literal["pass", "fail", "inconclusive", "skipped"]
 Verdict = Literal["promote", "hold", "reject"]
 DATA, SERVING, CHAMPION = "data", "serving", "champion"
 FORGETTING, IMPROVEMENT, CLIP, ANCHORS, COVERAGE = "forgetting", "improvement", "clip_score", "anchors", "coverage"
+CANARY = "canary"
+"""Added by `with_check` where a candidate that passed the rest was tried on traffic."""
 LARGEST_PIXEL_DIFFERENCE = 1
 """Of 255. Served and sampled alone in one thread or several, values move by about 1e-6, which can turn one rounding."""
 
@@ -58,6 +60,12 @@ def decide(evidence: Evidence, gate: GateSection) -> Decision:
             check_scores(ANCHORS, "CLIP score on the anchor prompts", evidence.anchors, gate.max_clip_drop, gate),
             check_coverage(evidence.coverage, gate),
         ]
+    return Decision(_verdict(checks), _reasons(checks), tuple(checks))
+
+
+def with_check(decision: Decision, check: Check) -> Decision:
+    """Return the decision as it is with one more check."""
+    checks = [*decision.checks, check]
     return Decision(_verdict(checks), _reasons(checks), tuple(checks))
 
 

@@ -64,8 +64,7 @@ class Safety:
             return [ALLOWED] * len(items)
         try:
             categories = list(getattr(self.classifier, judge)(list(items)))
-        except Exception as error:
-            # Foreign code: its message may hold the prompt, and so may what it was raised from.
+        except Exception as error:  # foreign code: its message may hold the prompt, so may what it was raised from
             message = (
                 f"the classifier's {judge} expected to answer, found {type(error).__name__}; nothing was let through"
             )

@@ -28,7 +28,9 @@ from components.versions import TextCounts, Version
 
 logger = logging.getLogger(__name__)
 CLOSING = "engine expected to be open, found it closing; send the request to another replica"
-LATE = "deadline_s expected to leave time for all steps, found {} s too short; ask for fewer steps or a later deadline"
+LATE = (
+    "deadline_s expected to leave time for all steps, found {:.3g} s too short; ask for fewer steps or a later deadline"
+)
 
 
 class StepBatchEngine:
@@ -88,7 +90,7 @@ class StepBatchEngine:
         return accepted.started_at is None and not accepted.ended and not accepted.pinned
 
     def _move(self, accepted: AcceptedRequest, version: Version) -> None:
-        with suppress(InputError):  # a start picture the new model cannot take: drawn by the old one
+        with suppress(InputError):  # a size or start picture that the new model cannot take: drawn by the old one
             prepared = version.prepare(accepted.request)
             with self._lock:
                 if self._can_move(accepted):
@@ -114,7 +116,7 @@ class StepBatchEngine:
                     if not (chosen.retired and self._versions.newest is not None and version is None):
                         self._accept(accepted)
                         return
-            except BaseException:
+            except BaseException:  # also of who is interrupted: a version that is held for ever is never let go
                 self._versions.release(chosen)
                 raise
             self._versions.release(chosen)
@@ -188,6 +190,7 @@ class StepBatchEngine:
             self._end(accepted, Failed(accepted.request.request_id, InterruptedError("the engine was closed")))
         if self._thread is not None:
             self._thread.join()
+        self._loop.close()
         self._decode.close()
 
     def _run(self) -> None:

@@ -20,7 +20,9 @@ from components.decode_stage import DecodeStage
 from components.engine_status import EngineCounters, EngineLimits
 from components.errors import InputError
 from components.live_rows import AcceptedRequest, Group, LiveRow
+from components.side_by_side import SideBySide
 from components.step_times import StepTimer, StepTimes
+from components.threads import calls_at_once
 
 
 @dataclass
@@ -46,6 +48,7 @@ class StepLoop:
         self._groups: dict[Hashable, Group] = {}
         self._shares = FairShares()
         self._timer = StepTimer()
+        self._calls: SideBySide | None = None
 
     @property
     def busy(self) -> bool:
@@ -156,9 +159,20 @@ class StepLoop:
                     row.owner.started_at = now
                 name = _group_name(row)
                 if name not in self._groups:
-                    self._groups[name] = Group(row.owner.version, self.limits.buckets)
+                    self._groups[name] = Group(row.owner.version, self.limits.buckets, self._side_by_side())
                 self._groups[name].add(row)
             return list(late)
+
+    def _side_by_side(self) -> SideBySide:
+        """Made with the first row: the number of threads is settled by then."""
+        if self._calls is None:
+            self._calls = SideBySide(self.limits.calls_at_once or calls_at_once())
+        return self._calls
+
+    def close(self) -> None:
+        """End the threads that make calls; no step comes after it."""
+        if self._calls is not None:
+            self._calls.close()
 
     def _is_hopeless(self, row: LiveRow, now: float) -> bool:
         """Whether the time left is too short for a row that has not begun, even if it were drawn alone."""

@@ -20,6 +20,7 @@ WORTH = 1.1
 
 
 _settled: int | None = None
+_at_once = 1
 _lock = threading.Lock()
 
 
@@ -28,12 +29,18 @@ def settle_once(draw: Callable[[], object], most: int, asked: int = 0) -> int:
 
     What was compiled holds for the number it was compiled under.
     """
-    global _settled
+    global _settled, _at_once
     with _lock:
         if _settled is None:
             _settled = asked or settle_threads(draw, most)
+            _at_once = 1 if asked else max(1, most // _settled)
         torch.set_num_threads(_settled)
         return _settled
+
+
+def calls_at_once() -> int:
+    """Return how many calls of so many threads fit on the cores; 1 where the number was asked for or is not settled."""
+    return _at_once
 
 
 def settle_threads(draw: Callable[[], object], most: int) -> int:

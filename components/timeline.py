@@ -15,6 +15,8 @@ from components.story import PROMOTE, WAIT, Cycle, Dataset, Entry, Judgement, Lo
 Line = Mapping[str, Any]
 MOST_REASONS = 3
 """Different reasons that a group of waits keeps."""
+YEARS = range(1970, 2200)
+"""Of a clock, even one that was never set; other years are no times but accidents, and would stretch any axis."""
 SHOWN = ("decision", "verdict", "stage", "state", "version", "champion", "previous", "dataset", "images", "search")
 
 
@@ -45,7 +47,7 @@ def tell(lines: Iterable[Any], name: str, reigns: Sequence[Line] = ()) -> Story:
         before = time
         try:
             _take(reading, line, time)
-        except (TypeError, ValueError, AttributeError, LookupError):
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
             story.unread += 1
     story.cycles = list(reading.cycles.values())
     story.reigns = [reign for reign in map(_reign, reigns) if reign is not None]
@@ -56,7 +58,7 @@ def time_of(text: Any) -> float | None:
     """Return Unix seconds of a journal's time; None for anything else."""
     try:
         moment = datetime.fromisoformat(text)
-        return moment.timestamp() if moment.tzinfo is not None else None
+        return moment.timestamp() if moment.tzinfo is not None and moment.year in YEARS else None
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -21,7 +21,8 @@ def cycles_section(story: Story, link: Link) -> list[str]:
     names = [name for name in STAGES if any(name in cycle.stages for cycle in shown)]
     legend = "".join(f'<span><i class="s-{name}"></i>{name}</span>' for name in names)
     note = "Newest first. Bars have one scale: their length is the time that the stages took together."
-    return [f'<div id="cycles">{section("Cycles", note, f"<p class=legend>{legend}</p>", *bodies)}</div>']
+    named = f'<p class="legend">{legend}</p>'
+    return [f'<div id="cycles">{section("Cycles", note, named, *bodies)}</div>']
 
 
 def _seconds(cycle: Cycle) -> float:

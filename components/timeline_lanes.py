@@ -92,14 +92,14 @@ def ticks(axis: Axis) -> list[tuple[float, str]]:
     step = next((step for step in TICKS_S if span / step <= MOST_TICKS), math.ceil(span / MOST_TICKS / DAY_S) * DAY_S)
     first = math.ceil(axis.start / step)
     times = [number * step for number in range(first, math.floor(axis.end / step) + 1)]
-    named = []
+    named, year = [], 0
     for index, time in enumerate(times):
         moment = datetime.fromtimestamp(time, UTC)
-        day = f"{moment.day} {moment:%b}"
-        if step >= DAY_S:
-            named.append((time, f"{day} {moment:%Y}" if index == 0 else day))
-        else:
-            named.append((time, f"{day} {moment:%H:%M}" if index == 0 or time % DAY_S == 0 else f"{moment:%H:%M}"))
+        day = f"{moment.day} {moment:%b}" + (f" {moment.year}" if moment.year != year and step >= DAY_S else "")
+        whole = step >= DAY_S or index == 0 or time % DAY_S == 0
+        hour = "" if step >= DAY_S else f"{moment:%H:%M}"
+        named.append((time, f"{day} {hour}".strip() if whole else hour))
+        year = moment.year
     return named
 
 

@@ -98,7 +98,7 @@ def reasons_cell(every: Sequence[str]) -> str:
     if len(every) < 2:
         return escape(short(first))
     lines = "".join(f"<li>{escape(reason)}</li>" for reason in every)
-    return f"<details class=inline><summary>{escape(short(first))}</summary><ul>{lines}</ul></details>"
+    return f"<details class='inline'><summary>{escape(short(first))}</summary><ul>{lines}</ul></details>"
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

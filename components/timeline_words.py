@@ -44,6 +44,11 @@ def when(time: float) -> str:
     return f"{moment.day} {moment:%b %Y %H:%M}"
 
 
+def stamp(time: float) -> str:
+    """A moment as the journal writes it."""
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def lasting(seconds: float | None) -> str:
     """A duration in its two largest units."""
     if seconds is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from components.draw_requests import DrawRequest, StartPicture
 from components.errors import InputError
-from components.models import Parts, TextStates, encode_text, family_named, latent_factor
+from components.models import Parts, TextStates, encode_text, family_named, latent_factor, size_multiple_px
 from components.row_batch import Repair, RowBatch
 from components.sampler import PictureRequest, initial_latents
 from components.solvers import StepTable
@@ -131,7 +131,17 @@ class Version:
 
     @torch.inference_mode()
     def prepare(self, request: DrawRequest) -> list[RowBatch]:
-        """Make each row's state before its first step: its own noise, texts and table, on the model's device."""
+        """Make each row's state before its first step: its own noise, texts and table, on the model's device.
+
+        InputError for a size that this model does not draw: another may have been asked.
+        """
+        multiple_px = size_multiple_px(self.parts)
+        for row in request.rows:
+            if row.width_px % multiple_px or row.height_px % multiple_px:
+                raise InputError(
+                    f"size expected multiples of {multiple_px} px, as the model that serves now draws, found"
+                    f" {row.width_px}x{row.height_px}; ask for one of those"
+                )
         return [self._prepare_row(row, request.solver, request.start) for row in request.rows]
 
     def _prepare_row(self, row: PictureRequest, solver: str | None, start: StartPicture | None) -> RowBatch:

@@ -4,9 +4,7 @@ Human text goes to stderr; with --json, stdout is exactly one JSON object. Exit 
 decided; 1 it failed; 2 the command or config is wrong and nothing was touched.
 """
 
-import functools
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -17,7 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.console import explain, say
+from cluster.signals import ended_by_signals
+from flows.command import as_command
+from flows.console import explain, keep_stdout_clean, say
 
 app = typer.Typer(
     name="fresco",
@@ -35,7 +35,8 @@ def main() -> None:
         # transformers imports DeepSpeed, which announces at every import that it looked for a GPU in vain.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        code = app(standalone_mode=False)
+        with ended_by_signals():
+            code = app(standalone_mode=False)
     except typer.Exit as done:
         code = done.exit_code
     except KeyboardInterrupt:
@@ -47,14 +48,6 @@ def main() -> None:
     except Exception as error:  # the one place where a verb's errors end
         code = explain(error)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _keep_stdout_clean() -> int:
-    """Send whatever libraries print to stderr; return a descriptor of the real stdout for the one JSON object."""
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-    return real
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Shared:
         collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
         if module == "serve" and collector and not config.serve.otlp_endpoint:
             config = with_overrides(config, {"serve.otlp_endpoint": collector})
-        stdout = _keep_stdout_clean()
+        stdout = keep_stdout_clean()
         verb = importlib.import_module(f"flows.{module}")
         if self.dry_run:
             steps = verb.plan(config) if hasattr(verb, "plan") else [f"run fresco {module} with this config"]
@@ -100,21 +93,8 @@ class Shared:
 
 
 def verb(body: Callable[..., None]) -> Callable[..., None]:
-    """Make `body(shared, ...)` a command: its own arguments, the shared options, its own options."""
-    own = list(inspect.signature(body).parameters.values())[1:]
-    shared = list(inspect.signature(Shared).parameters.values())
-    arguments = [parameter for parameter in own if parameter.default is inspect.Parameter.empty]
-    options = [parameter for parameter in own if parameter not in arguments]
-
-    @functools.wraps(body)
-    def command(**values: Any) -> None:
-        body(Shared(**{parameter.name: values.pop(parameter.name) for parameter in shared}), **values)
-
-    parameters = [*arguments, *shared, *options]
-    by_name = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return app.command()(command)
+    """Make `body(shared, ...)` a command of this program."""
+    return app.command()(as_command(Shared, body))
 
 
 Model = Annotated[str, typer.Argument(help="Diffusers folder, s3:// URI, run id, models:/NAME@alias or NAME/N.")]
@@ -163,18 +143,21 @@ def promote(
     shared: Shared,
     model: Model,
     force: Annotated[bool, typer.Option("--force", help="Promote in spite of the gate; journaled as forced.")] = False,
+    challenger: Annotated[bool, typer.Option("--challenger", help="Try it on traffic; nothing is decided.")] = False,
 ) -> None:
     """Compare MODEL with the champion and make it the champion if the gate lets it through."""
-    shared.run("promote", lambda flow, config: flow.run(config, model, force))
+    shared.run("challenge" if challenger else "promote", lambda flow, config: flow.run(config, model, force))
 
 
 @verb
 def rollback(
     shared: Shared,
     reason: Annotated[str, typer.Option("--reason", help="Why; goes into the journal.")] = "",
+    challenger: Annotated[bool, typer.Option("--challenger", help="End the challenger's trial instead.")] = False,
 ) -> None:
     """Make the previous champion the champion again."""
-    shared.run("rollback", lambda flow, config: flow.run(config, reason))
+    action = "stop" if challenger else "run"
+    shared.run("challenge" if challenger else "rollback", lambda flow, config: getattr(flow, action)(config, reason))
 
 
 @verb

@@ -33,6 +33,7 @@ from flows.prepare import SourceFiles, source_root
 
 SETTLE_S = 60.0
 LIMIT = 10_000
+PLACE = "arrivals"
 READERS = 8
 
 
@@ -78,7 +79,7 @@ def look(
     limit: int = LIMIT,
     at: float | None = None,
     wanted: Callable[[Whole], bool] = lambda whole: True,
-    place: str = "arrivals",
+    place: str = PLACE,
 ) -> Arrivals:
     """Return what `data.source` holds that `parent` does not; `cursor` is that of the look before, from any machine.
 

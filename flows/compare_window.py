@@ -58,7 +58,7 @@ def compare(
     table = table.slice(0, section.window)  # in the order of hashes, so a part is a uniform sample
     reference = make_items(table, eye.identity, known, sides.reference.rejected_flags())
     prompts = sides.served.texts if sides.num_prompts >= FEWEST else None
-    streams = section.streams
+    streams: tuple[str, ...] = section.streams
     if len(pictures) >= FEWEST:
         job = ensure_features(
             config, workspace, eye, {one.sha256 for one in pictures}, {one.caption for one in pictures}
@@ -128,10 +128,11 @@ def numbers_of(found: Look, config: Config) -> dict[str, Any]:
 
 def nothing(config: Config, sides: Sides) -> dict[str, Any]:
     """The numbers of a look that could not test anything."""
-    sizes = dict.fromkeys(config.monitor.streams, len(sides.window.pictures)) | {PROMPTS: sides.num_prompts}
+    pictures, prompts = len(sides.window.pictures), sides.num_prompts
     empty = {"p_value": None, "effect": None, "threshold": None, "n_reference": sides.reference.size}
     streams = {
-        name: {**empty, "n_window": sizes[name], "verdict": "not_enough_data"} for name in config.monitor.streams
+        name: {**empty, "n_window": prompts if name == PROMPTS else pictures, "verdict": "not_enough_data"}
+        for name in config.monitor.streams
     }
     return {
         "verdict": "not_enough_data",

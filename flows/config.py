@@ -100,6 +100,8 @@ def recipe_fingerprint(config: Config, dataset_id: str, base_fingerprint: str) -
     for name in ADDED:
         if train[name] == TrainSection.model_fields[name].default:
             del train[name]
+    if "replay_of" in train:
+        train["replay_of"] = train["replay_of"].rpartition("@")[2]
     recipe = {
         "dataset": dataset_id.rpartition("@")[2],
         "base": base_fingerprint,

@@ -48,3 +48,11 @@ def explain(error: Exception) -> int:
         return 1
     say(f"\nerror: {error}")
     return int(code)
+
+
+def keep_stdout_clean() -> int:
+    """Send whatever libraries print to stderr; return a descriptor of the real stdout for the one JSON object."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    return real

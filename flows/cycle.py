@@ -20,7 +20,7 @@ from flows.config import Config
 from flows.console import say, step
 from flows.findings import Findings
 from flows.ledger import Cycle, Ledger
-from flows.stages import NEED_RAY, ROLL_BACK, STAGES, Desk
+from flows.stages import NEED_RAY, ROLL_BACK, STAGES, Desk, is_champion
 
 PROMOTED, ROLLED_BACK, FAILED = "promoted", "rolled_back", "failed"
 ENDS_A_CYCLE = (InputError, DataError, NonFiniteError, WorkerError, EndpointError, RegistryError)
@@ -68,7 +68,7 @@ def run(config: Config, ledger: Ledger) -> dict[str, Any]:
                     _run_stage(desk, name)
                 except ENDS_A_CYCLE as error:
                     return _fail(desk, name, error)
-            if "ends" in cycle.stages[name]:
+            if "ends" in cycle.stages[name] or cycle.stages[name].get("watch") == ROLL_BACK:
                 break
     return _end(desk)
 
@@ -114,8 +114,7 @@ def _end(desk: Desk) -> dict[str, Any]:
     if verdict is None:
         return _finish(desk, PROMOTED, desk.result("gate")["reasons"], again=True)
     why = verdict["why"]
-    champion = desk.registry.by_alias(desk.config.name, CHAMPION)
-    if champion is not None and champion.number == version:  # else it was rolled back already, before we were killed
+    if is_champion(desk, version):  # else it was rolled back already, before we were killed
         desk.ledger.confirm()
         rollback.run(desk.config, f"{desk.cycle.id}: {why}")
     return _finish(desk, ROLLED_BACK, [why], again=False)

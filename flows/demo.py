@@ -62,20 +62,20 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
         best = tuned["best"]["run_id"]
         with stage("promote", "measure the winner beside the champion, and let the gate decide which one serves"):
             promoted = promote.run(config, best)
-    with stage("serve", "serve the champion over HTTP"):
-        served = serve.run(config, detach=True)
-    with stage("generate", "ask the endpoint for pictures, and the base for the same prompts and seeds"):
-        folder = workspace.root / "pictures"
-        after = generate.run(config, PROMPTS, str(folder / "champion"), generate.Wish(seed=SEED))
-        before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
-        grid = folder / "before-after.png"
-        _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
     second: dict[str, Any] | None = None
     try:
+        with stage("serve", "serve the champion over HTTP"):
+            served = serve.run(config, detach=True)
+        with stage("generate", "ask the endpoint for pictures, and the base for the same prompts and seeds"):
+            folder = workspace.root / "pictures"
+            after = generate.run(config, PROMPTS, str(folder / "champion"), generate.Wish(seed=SEED))
+            before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
+            grid = folder / "before-after.png"
+            _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
         if world is not None:
             second = demo_drift.drift(config, world, promoted["champion"], served["url"], stage)
     finally:
-        if stop:
+        if stop:  # also when this process is told to end
             serve.run(config, stop=True)
     found = {
         "champion": second["champion"] if second else promoted["champion"],

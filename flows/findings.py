@@ -19,7 +19,7 @@ from components.arrivals import Arrivals
 from components.dataset import DatasetVersion, load_dataset
 from components.errors import DataError, InputError
 from components.sources import EMBLEMS_SCHEME
-from components.triggers import DRIFTED, WEEK_S, Drift, Evidence, cooldown
+from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldown
 from flows import arrivals, snapshot
 from flows.config import Config
 from flows.console import say
@@ -71,20 +71,31 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
     evidence = replace(evidence, new_images=new_images(seen), refused_images=refused)
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
-    drift = measure_drift(config) if config.retrain.on_drift else None
-    return Findings(replace(evidence, drift=drift), champion, parent, seen, drift.effect if drift else 0.0, request)
+    drift = measure_drift(config, seen) if config.retrain.on_drift else None
+    decay = _decay(config, workspace, champion, parent, seen) if config.retrain.max_decay else None
+    evidence = replace(evidence, drift=drift, decay=decay)
+    return Findings(evidence, champion, parent, seen, drift.effect if drift else 0.0, request)
 
 
-def measure_drift(config: Config) -> Drift:
+def measure_drift(config: Config, seen: Arrivals) -> Drift:
     """Ask the monitor; what it cannot say now is said in its place, and is no reason to train."""
     from flows import monitor
 
     try:
-        found = monitor.run(config)
+        found = monitor.run(config, cursor=seen.cursor)
     except (InputError, DataError, RegistryError) as error:
         return Drift("not_enough_data", 0.0, (str(error),))
     effect = float(found["drift"]) if found["verdict"] == DRIFTED else 0.0
     return Drift(found["verdict"], effect, tuple(found["reasons"]), str(found["report"] or ""))
+
+
+def _decay(config: Config, workspace: Workspace, champion: Version, parent: DatasetVersion, seen: Arrivals) -> Decay:
+    from flows.decay import measure_decay
+
+    try:
+        return measure_decay(config, workspace, champion, parent, seen)
+    except (InputError, DataError, RegistryError) as error:
+        return Decay(skipped=str(error))
 
 
 def settle_clock(state: State, now: float) -> None:

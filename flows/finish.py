@@ -52,9 +52,10 @@ class Finisher:
         pictures = [_with_kept(job, picture) for picture in pictures]
         for picture in pictures:
             self._tallies.picture(role, asdict(picture_statistics(picture)))
-        for decision in self._safety.check_pictures(pictures):
-            if not decision.allowed:
-                raise refused_content(decision.category)
+        refused = [decision for decision in self._safety.check_pictures(pictures) if not decision.allowed]
+        if refused:
+            self._tallies.refused(role, len(refused))
+            raise refused_content(refused[0].category)
         facts = {key: info.get(key) for key in FACTS}
         shown = [retouch(picture, job.order.postprocess) for picture in pictures]
         contents = tuple(self._file(job, row, picture, facts, retouched=True) for row, picture in enumerate(shown))

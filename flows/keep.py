@@ -1,4 +1,4 @@
-"""What stays with a version after the gate: its evidence as tags, a model card beside its weights, disk space.
+"""What stays with a version after the gate: its evidence as tags, a model card, the monitor's reference, disk space.
 
 Deleting is asked for (gate.delete_retired) and takes only weights and checkpoints that Fresco wrote into its workspace:
 records, samples, reports and the registry's entry stay.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic
+from cluster.errors import RegistryError, StorageError
 from cluster.registry import (
     TAG_BASE,
     TAG_COMMIT,
@@ -25,8 +26,11 @@ from cluster.registry import (
     Registry,
     Version,
 )
+from components.errors import DataError, InputError, NonFiniteError
 from components.model_card import CARD, PICTURE, CardFacts, make_card
+from flows import reference
 from flows.config import Config
+from flows.console import say
 
 LINEAGE = {
     "dataset": TAG_DATASET,
@@ -70,6 +74,14 @@ def write_card(
     )
     write_bytes_atomic(directory / CARD, make_card(facts).encode())
     return directory / CARD
+
+
+def pin_reference(config: Config, number: int) -> None:
+    """Pin what the monitor compares arrivals with; where that cannot be now, it is told, and the monitor does so."""
+    try:
+        reference.pin(config, number)
+    except (InputError, DataError, NonFiniteError, RegistryError, StorageError, OSError) as error:
+        say(f"the reference of version {number} is not pinned yet, the monitor will try again: {error}")
 
 
 def has_card(registry: Registry, version: Version) -> bool:

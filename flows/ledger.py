@@ -34,6 +34,10 @@ class Cycle:
     drift: float = 0.0
     run_id: str = ""
     """Of the training, once it is known: recipe, base and data in one."""
+    look: dict[str, Any] | None = None
+    """What the endpoint's metrics were when the cycle began."""
+    before: dict[str, Any] | None = None
+    """What the former champion did until the alias moved: what the new one is compared with."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -115,7 +115,7 @@ def load_model(
     import torch
 
     from components.compiled import with_compiled
-    from components.models import family_named, latent_factor
+    from components.models import latent_factor, size_multiple_px
     from components.sampler import PictureRequest, draw
     from components.solvers import DIFFUSION_SOLVERS, FLOW_SOLVERS
     from components.threads import settle_once
@@ -133,11 +133,10 @@ def load_model(
         settle_once(lambda: draw(parts, [picture]), cores, threads)
     if compile_rows:
         parts = with_compiled(parts, compile_rows, [(side_px, side_px)])
-    patch_px = latent_factor(parts) * family_named(parts.family).PATCH_CELLS
     sizes = {
         "width_px": side_px,
         "height_px": side_px,
-        "size_multiple_px": math.lcm(SIZE_MULTIPLE_PX, patch_px),
+        "size_multiple_px": math.lcm(SIZE_MULTIPLE_PX, size_multiple_px(parts)),
         "min_side_px": MIN_SIDE_PX,
     }
     solvers = FLOW_SOLVERS if parts.prediction == "flow" else DIFFUSION_SOLVERS

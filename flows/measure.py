@@ -124,7 +124,7 @@ def _ensure_losses(workspace: Workspace, directory: Path, fingerprint: str, data
     losses_NK = denoising_losses(parts, data.pictures, data.pixels)
     if not np.isfinite(losses_NK).all():
         raise NonFiniteError(f"expected finite losses, found NaN or infinity from {directory}; its weights are broken")
-    write_bytes_atomic(path, _npy(losses_NK))
+    write_bytes_atomic(path, npy_bytes(losses_NK))
     return losses_NK
 
 
@@ -143,7 +143,7 @@ def features_of(workspace: Workspace, encoder: ClipEncoder, pixels: Path, keys: 
             features_ND[rows] = encoder.images([Image.open(io.BytesIO(png)) for png in chunk["png"].to_pylist()])
             done += len(rows)
             progress(done)
-    write_bytes_atomic(path, _npy(features_ND))
+    write_bytes_atomic(path, npy_bytes(features_ND))
     return features_ND
 
 
@@ -189,7 +189,7 @@ def shown(captions: Sequence[str], pictures: Sequence[Image.Image]) -> np.ndarra
     return np.array([np.nan if emblem is None else float(shows(picture, emblem)) for emblem, picture in pairs])
 
 
-def _npy(values: np.ndarray) -> bytes:
+def npy_bytes(values: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, values, allow_pickle=False)
     return file.getvalue()

@@ -20,6 +20,7 @@ from cluster.registry import (
     TAG_DATASET,
     TAG_FINGERPRINT,
     TAG_MODEL_FINGERPRINT,
+    TAG_PARENT,
     TAG_RUN,
     Registry,
     Version,
@@ -83,6 +84,18 @@ def keep_in_workspace(workspace: Workspace, model: ResolvedModel) -> Path:
         _copy(_pipeline_files(str(model.directory)), kept)
         say(f"copied the model into the workspace: {kept}")
     return kept
+
+
+def register_version(config: Config, registry: Registry, model: ResolvedModel) -> Version:
+    """Return the registered version of a model, made now if there is none; its parent is the version it began from."""
+    if model.version is not None:
+        return registry.by_number(config.name, model.version)
+    directory = keep_in_workspace(registry.workspace, model)
+    tags = {**model.lineage, TAG_MODEL_FINGERPRINT: model.fingerprint}
+    base = tags.get(TAG_BASE)
+    parents = [v for v in registry.versions(config.name) if base and v.tags.get(TAG_MODEL_FINGERPRINT) == base]
+    tags |= {TAG_PARENT: parents[-1].uri} if parents else {}
+    return registry.register(config.name, directory, tags, model.mlflow_run_id)
 
 
 def _registered(registry: Registry, text: str) -> ResolvedModel:

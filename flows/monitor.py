@@ -7,6 +7,7 @@ spends is written down before its verdict is told. One lease: two monitors of a 
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ FIRST_S = DAY_S
 TTL_S, WAIT_S = 30.0, 600.0
 
 
-def run(config: Config, wait: bool = False, at: float | None = None) -> dict[str, Any]:
+def run(
+    config: Config, wait: bool = False, at: float | None = None, cursor: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Look once; `wait` waits `monitor.settle_s` where all that is new may still be changing.
 
-    `at` is the time of the look in Unix seconds (default: now). InputError and RegistryError where there is nothing to
-    compare with, StorageError where the source does not answer or another monitor is at work for long.
+    `at` is the time of the look in Unix seconds (default: now); `cursor` that of a look which the caller made just now
+    with `flows.arrivals.look`, so that no file has to come to rest twice. InputError and RegistryError where there is
+    nothing to compare with, StorageError where the source does not answer or another monitor is at work for long.
     """
     workspace = open_workspace(config.workspace)
     _check_source(config)
@@ -59,7 +63,7 @@ def run(config: Config, wait: bool = False, at: float | None = None) -> dict[str
         state = read_fenced(str(place / "state.json"), token) or {}
         _finish_line(workspace, state)
         state = _state_for(reference, state)
-        sides, at = _sides(config, workspace, eye, (champion, parent, reference), state, wait, at)
+        sides, at = _sides(config, workspace, eye, (champion, parent, reference), state, (wait, at, cursor))
         result, state = _look(config, workspace, eye, sides, state, at)
         if result["tested"] or result["verdict"] != state["told"]:
             line = {key: value for key, value in result.items() if key not in ("cursor", "attributions")}
@@ -97,9 +101,8 @@ def _state_for(reference: Reference, state: dict[str, Any]) -> dict[str, Any]:
     if state.get("reference") == reference.sha256:
         return state
     last_s = state["ledger"]["last_s"] if state else reference.pinned_s - FIRST_S
-    return {"reference": reference.sha256, "ledger": vars(Ledger(last_s)), "window": {}} | dict.fromkeys(
-        ("last", "keys", "told", "line")
-    )
+    fresh: dict[str, Any] = dict.fromkeys(("last", "keys", "told", "line"))
+    return {**fresh, "reference": reference.sha256, "ledger": asdict(Ledger(last_s)), "window": {}, "gone": 0}
 
 
 def _finish_line(workspace: Workspace, state: dict[str, Any]) -> None:
@@ -119,14 +122,13 @@ def _sides(
     eye: Eye,
     champion: tuple[Version, DatasetVersion, Reference],
     state: dict[str, Any],
-    wait: bool,
-    at: float | None,
+    how: tuple[bool, float | None, dict[str, Any] | None],
 ) -> tuple[Sides, float]:
     """Bring window and prompts up to date; return them with the time of the look."""
-    version, parent, reference = champion
+    (version, parent, reference), (wait, at, cursor) = champion, how
     seed = int(reference.sha256[:8], 16)
     now = time.time() if at is None else at
-    window = take_window(config, workspace, parent, seed, state["window"], now)
+    window = take_window(config, workspace, parent, seed, state["window"], now, cursor)
     if wait and at is None and window.still_changing and not window.sample:
         pause_s = config.monitor.settle_s
         say(f"  {window.still_changing} new files may still be changing: looking again in {pause_s:.0f} s")
@@ -166,7 +168,8 @@ def _look(
             "waiting": sides.window.waiting,
         },
     }
-    state = {**state, "window": sides.window.state}
+    # While pictures that a test saw are gone, its verdict is about something else, until the next test.
+    state = {**state, "window": sides.window.state, "gone": state["gone"] + sides.window.gone}
     last = state["last"]
     why, stands = _why_no_test(config, sides, state, level, ledger, at)
     notes = _notes(sides)
@@ -182,7 +185,7 @@ def _look(
     result = {**kept, **numbers, "tested": tested, "spent": spent.spent, "reasons": [*found.reasons, *notes]}
     past = _lines(workspace, config.name)
     kept["report"] = result["report"] = str(write_report(config, workspace, (found, compared, explained), result, past))
-    return result, {**state, "ledger": vars(spent), "last": kept, "keys": sides.keys}
+    return result, {**state, "ledger": asdict(spent), "last": kept, "keys": _asked(config, sides), "gone": 0}
 
 
 def _why_no_test(
@@ -194,16 +197,22 @@ def _why_no_test(
     if max(pictures, prompts) < FEWEST:
         told = f"{pictures} new pictures and {prompts} served prompts so far; a look compares from {FEWEST} on"
         return told, False
-    if state["keys"] == sides.keys:
-        return "nothing has arrived since the last test: its verdict stands", True
+    if state["keys"] == _asked(config, sides):
+        return "nothing has changed since the last test: its verdict stands", True
     if level >= LEAST_LEVEL:
         return "", False
     missing_s = (LEAST_LEVEL - level) * YEAR_S / config.monitor.false_alarms_per_year + max(0.0, ledger.last_s - at)
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at + missing_s))
-    stands = state["last"] is not None and not window.gone
+    stands = state["last"] is not None and not state["gone"]
     what = "until then the last verdict stands" if stands else "nothing is decided until then"
     back = " (the clock stands before the last test)" if at < ledger.last_s else ""
     return f"the false-alarm budget holds too little for a test before {when}{back}; {what}", stands
+
+
+def _asked(config: Config, sides: Sides) -> dict[str, Any]:
+    """What a test depends on: the same again would only spend."""
+    settings = config.monitor.model_dump(mode="json", exclude={"false_alarms_per_year", "settle_s"})
+    return {**sides.keys, "settings": settings}
 
 
 def _notes(sides: Sides) -> list[str]:

@@ -14,7 +14,7 @@ from cluster.artifacts import Workspace, write_bytes_atomic, write_json_atomic
 from components.drift import Explanation, Look, explain
 from components.drift_page import Drifted, Group, make_drift_page
 from components.drift_plots import PastLook
-from components.drift_streams import PROMPTS
+from components.drift_streams import CAPTIONS, PROMPTS
 from components.encode import read_pictures
 from components.errors import DataError
 from flows.compare_window import Compared
@@ -79,7 +79,7 @@ def write_report(
     past = [_past(line) for line in [*journaled, result] if line.get("tested") and _same(line, reference)]
     settings = {"The monitor": yaml.safe_dump(config.monitor.model_dump(mode="json"), sort_keys=False)}
     html = make_drift_page(
-        f"{config.name} version {reference['version']}",
+        f"Arrivals beside {config.name} version {reference['version']}",
         found,
         config.monitor.smallest_effect,
         facts,
@@ -117,6 +117,8 @@ def _groups(config: Config, workspace: Workspace, stream: str, one: Explanation,
     else:
         rows, texts = compared.arrivals.picture_rows_ND, compared.arrivals.captions.texts
         known = compared.reference.picture_rows_ND
+    if stream == CAPTIONS:
+        rows, known = compared.arrivals.captions.rows_ND, compared.reference.captions.rows_ND
     groups = []
     for cluster in one.clusters:
         members = list(cluster.members[:SHOWN])

@@ -5,8 +5,9 @@ picture `finish.Finisher`'s. Prompts are judged and encoded in the thread that s
 """
 
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from flows.swap import WARM_UP, Lineup, Loaded, VersionSettings, can_draw, warm_
 FACTORY = "flows.paint:make_painter"
 WARM_UP_LIMIT_S = 120.0
 CANCELLED_STATUS = 499
+LEAST_DEADLINE_S = 0.001
+"""What the engine is told of a deadline that has passed: it refuses it."""
 
 
 class EnginePainter:
@@ -119,8 +122,14 @@ class EnginePainter:
         return self.lineup.waiting
 
     def swap(self, arguments: Mapping[str, Any]) -> None:
-        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on."""
-        self.lineup.follow(arguments["model"], arguments.get("challenger"))
+        """Load what is not loaded yet; a model that cannot draw raises, and what drew before goes on.
+
+        The challenger's share of the requests is what is written from now on.
+        """
+        lineup, written = self.lineup, arguments.get("versions", {})
+        share = written.get("challenger_share", lineup.settings.challenger_share)
+        lineup.settings = replace(lineup.settings, challenger_share=share)
+        lineup.follow(arguments["model"], arguments.get("challenger"))
 
     def close(self) -> None:
         self._ending = True
@@ -155,7 +164,7 @@ class EnginePainter:
     def _maker(self, job: Job, role: Role, event: Event, watch: Stopwatch | None) -> MakeEvent | None:
         """Return what makes an event of the routes of one of the engine; None where they have none."""
         if isinstance(event, Done):
-            self._tallies.done(role, event.waited_s + event.drawn_s)
+            self._tallies.done(role, event.waited_s + event.drawn_s, _step_s(job, event))
             # Taken here and now: a version that has ended is forgotten.
             info = self.lineup.facts(event.version)
             return partial(self._finisher.finish, job, event.pictures, info, role, watch)
@@ -187,7 +196,7 @@ def painter_arguments(
     """Return what `make_painter` needs, as plain values that travel to another process."""
     from components.models import embedded_clip
 
-    serve = config.serve
+    serve, workspace = config.serve, open_workspace(config.workspace)
     # Lists, not tuples: these arguments are compared with what was read from JSON.
     compile_rows = [serve.max_batch_rows] if serve.strict else list(serve.buckets)
 
@@ -210,13 +219,14 @@ def painter_arguments(
             "challenger_share": serve.challenger_share,
             "shadow_share": serve.shadow_share,
             "memory_headroom_bytes": serve.memory_headroom_bytes,
+            "turns_folder": str(workspace.root / "serving"),
         },
         "safety": {
             "blocklist_file": serve.blocklist_file,
             "classifier": serve.safety_classifier,
             "options": dict(serve.safety_options),
         },
-        "keys": str(open_workspace(config.workspace).keys),
+        "keys": str(workspace.keys),
         "clip": str(Path(config.model.clip).expanduser().absolute() if config.model.clip else embedded_clip()),
     }
 
@@ -241,7 +251,9 @@ def make_painter(
 
 
 def _request(job: Job, start: StartPicture | None) -> DrawRequest:
-    order = job.order
+    order, left_s = job.order, None
+    if order.deadline_s is not None:  # the engine counts from now
+        left_s = max(LEAST_DEADLINE_S, job.arrived + order.deadline_s - time.monotonic())
     return DrawRequest(
         job.request_id,
         tuple(PictureRequest(**row) for row in order.rows),
@@ -249,10 +261,15 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         start=start,
         key=job.key,
         priority=order.weight,
-        deadline_s=order.deadline_s,
+        deadline_s=left_s,
         partial_images=order.partial_images if order.stream else 0,
         progress=job.timed,
     )
+
+
+def _step_s(job: Job, event: Done) -> float | None:
+    """Seconds for each step; an edit makes fewer than it names."""
+    return event.drawn_s / job.order.rows[0]["steps"] if job.upload is None else None
 
 
 def _raise(error: ApiError) -> PaintEvent:

@@ -1,24 +1,23 @@
 """fresco promote: register a model, let the gate compare it with the champion, and make it the champion or say why not.
 
-In order: find it, register it as challenger, start it on the real serving path, have its scorecard, measure it beside
-the champion, decide (`components/policy.py`), move the aliases, write card, tags and journal, let old versions retire.
-Where another promotion came first, the comparison is made again with the new champion.
+In order: find it, register it (without an alias), start it on the real serving path, have its scorecard, measure it
+beside the champion, decide (`components/policy.py`), move the aliases, write card, tags and journal, let old versions
+retire. Where another promotion came first, the comparison is made again with the new champion.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.artifacts import Workspace, append_journal, open_workspace
-from cluster.champion import NO_CHAMPION, PROMOTE, RETIRE, Move, move_champion, retire, set_challenger, settle
+from cluster.champion import NO_CHAMPION, PROMOTE, RETIRE, Move, drop_challenger, move_champion, retire, settle
 from cluster.errors import ChampionMovedError, RegistryError
+from cluster.judging import judging
 from cluster.registry import (
     CHAMPION,
     PREVIOUS,
-    TAG_BASE,
     TAG_DATASET,
-    TAG_MODEL_FINGERPRINT,
-    TAG_PARENT,
     TAG_RETIRED,
     Registry,
     Version,
@@ -26,19 +25,22 @@ from cluster.registry import (
 from components import decision_page
 from components.errors import NonFiniteError
 from components.evidence import Champion, Evidence, NewData
-from components.policy import Decision, decide
+from components.policy import CANARY, Check, Decision, Outcome, decide, with_check
 from components.scorecard import SLICE
 from flows import evaluate
 from flows.config import Config
 from flows.console import program, say, step
 from flows.decision_report import write_decision
 from flows.gather import Contest, gather
-from flows.keep import delete_weights, has_card, write_card, write_evidence
-from flows.models import ResolvedModel, keep_in_workspace, resolve_model
+from flows.keep import delete_weights, has_card, pin_reference, write_card, write_evidence
+from flows.models import ResolvedModel, register_version, resolve_model
 from flows.rehearse import rehearse
 
 ATTEMPTS = 3
 """Comparisons made again because the champion changed meanwhile."""
+Confirm = Callable[[], object]
+Tryout = Callable[[int], dict[str, Any]]
+"""Tries a version that passed the gate on traffic, before it is champion: `probation.try_out` without its config."""
 FORCED = "forced: promoted in spite of the gate, on request"
 
 
@@ -58,30 +60,34 @@ class Judged:
         return self.decision.verdict == "promote"
 
 
-def run(config: Config, model: str, force: bool = False) -> dict[str, Any]:
-    """Make `model` the champion if the gate lets it through, or with `force` anyway."""
+def run(
+    config: Config, model: str, force: bool = False, tryout: Tryout | None = None, confirm: Confirm = lambda: None
+) -> dict[str, Any]:
+    """Make `model` the champion if the gate lets it through, or with `force` anyway.
+
+    With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
+    `confirm` is called just before the alias moves: what it raises leaves everything as it is.
+    """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
     for repair in settle(registry, config.name):
         say(repair)
     found = resolve_model(config, model)
     step(f"promote {found.name} (weights {found.fingerprint})")
-    version = _register(config, workspace, registry, found)
+    version = register_version(config, registry, found)
     champion = registry.by_alias(config.name, CHAMPION)
     if champion is not None and champion.number == version.number:
         return _unchanged(config, registry, champion, evaluate.run(config, model))
-    set_challenger(registry, config.name, version.number)
-    try:
-        return _contest(config, workspace, registry, replace(found, version=version.number), model, force)
-    finally:
-        set_challenger(registry, config.name, None)
+    with judging(registry, config.name, version.number, notify=say):
+        candidate = replace(found, version=version.number)
+        return _contest(config, workspace, registry, candidate, (model, force, tryout, confirm))
 
 
 def plan(config: Config) -> list[str]:
     """Say what `run` would do."""
     gate = config.gate
     return [
-        f"find the model and register it as a version of {config.name} with its lineage, as challenger",
+        f"find the model and register it as a version of {config.name} with its lineage",
         f"start it on the serving path, ask for pictures (at most {gate.time_budget_s:g} s), compare with the sampler",
         "evaluate it, unless its scorecard is there",
         "measure it beside the champion: new data, the champion's own data, anchor prompts",
@@ -92,16 +98,24 @@ def plan(config: Config) -> list[str]:
 
 
 def _contest(
-    config: Config, workspace: Workspace, registry: Registry, found: ResolvedModel, model: str, force: bool
+    config: Config,
+    workspace: Workspace,
+    registry: Registry,
+    found: ResolvedModel,
+    asked: tuple[str, bool, Tryout | None, Confirm],
 ) -> dict[str, Any]:
-    """Judge and act; again when somebody else's promotion came in between."""
+    """Judge, perhaps try, and act; again when somebody else's promotion came in between. `asked` is `run`'s."""
+    model, force, tryout, confirm = asked
     served = rehearse(config, found)
     for attempt in range(1, ATTEMPTS + 1):
         judged = _judge(config, workspace, registry, found, model, served)
+        if judged.passed and judged.champion != NO_CHAMPION and tryout is not None:
+            judged = _tried(judged, tryout)
         wanted = judged.passed or (force and not served.problem)
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
         try:
             if wanted:
+                confirm()
                 move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
                 return _promoted(config, workspace, registry, judged, move, line)
             return _refused(config, workspace, registry, judged, line)
@@ -112,15 +126,13 @@ def _contest(
     raise AssertionError("unreachable")
 
 
-def _register(config: Config, workspace: Workspace, registry: Registry, model: ResolvedModel) -> Version:
-    if model.version is not None:
-        return registry.by_number(config.name, model.version)
-    directory = keep_in_workspace(workspace, model)
-    tags = {**model.lineage, TAG_MODEL_FINGERPRINT: model.fingerprint}
-    base = tags.get(TAG_BASE)
-    parents = [v for v in registry.versions(config.name) if base and v.tags.get(TAG_MODEL_FINGERPRINT) == base]
-    tags |= {TAG_PARENT: parents[-1].uri} if parents else {}
-    return registry.register(config.name, directory, tags, model.mlflow_run_id)
+def _tried(judged: Judged, tryout: Tryout) -> Judged:
+    """Add what the traffic says; where nothing could be shown, the gate's word stands."""
+    found = tryout(judged.version.number)
+    shown = found["decision"] if found["numbers"] else "nothing"
+    outcomes: dict[str, Outcome] = {"keep": "pass", "roll_back": "fail"}
+    check = Check(CANARY, outcomes.get(shown, "skipped"), "on traffic: " + "; ".join(found["reasons"]))
+    return replace(judged, decision=with_check(judged.decision, check))
 
 
 def _judge(
@@ -199,6 +211,7 @@ def _promoted(
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
     write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
+    pin_reference(config, judged.version.number)
     result = _result(line, judged.evaluated["scorecard"], judged.version, move.champion, move.previous)
     _tell(config, result)
     _retire(config, workspace, registry)
@@ -209,9 +222,15 @@ def _refused(
     config: Config, workspace: Workspace, registry: Registry, judged: Judged, line: dict[str, Any]
 ) -> dict[str, Any]:
     write_evidence(registry, judged.version, line)
+    number = judged.version.number
+    if line["decision"] == "reject" and drop_challenger(
+        registry, config.name, number, [f"version {number} was rejected"]
+    ):
+        say(f"version {number} is the challenger no more")
     champion, previous = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
     result = _result(line, judged.evaluated["scorecard"], judged.version, champion, previous)
-    append_journal(workspace, PROMOTE, name=config.name, **{**line, **_numbers_of(result)})
+    numbers = {key: result[key] for key in ("version", "champion", "previous")}
+    append_journal(workspace, PROMOTE, name=config.name, **{**line, **numbers})
     _tell(config, result)
     return result
 
@@ -264,10 +283,6 @@ def _result(
         "evaluation": line["evaluation"],
         "scorecard": scorecard,
     }
-
-
-def _numbers_of(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: result[key] for key in ("version", "champion", "previous")}
 
 
 def _tell(config: Config, result: dict[str, Any]) -> None:

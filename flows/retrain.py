@@ -34,6 +34,7 @@ TOLD = ("trigger", "cycle")
 """Lines that webhook and command hear of."""
 ONCE_WAIT_S = 5.0
 POLL_S = 1.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AWAY = (StorageError, TrackingError, PlacementError)
 """Storage, tracking server or cluster do not answer: a standing loop goes on when they do."""
 
@@ -90,17 +91,16 @@ def _hold_and_work(config: Config, workspace: Workspace, once: bool, force: bool
         holder = read_lease(place)
         say(f"another loop works here: {describe(holder) if holder else 'its heartbeat is watched'}; waiting")
 
-    while True:
-        try:
-            with hold_lease(place, OWNER, section.lease_ttl_s, wait_s, tell) as confirm, _guarded(confirm, section):
-                return _work(config, Ledger(workspace, confirm, _teller(config)), once, force)
-        except LeaseLostError:
-            raise
-        except StorageError as error:
-            holder = read_lease(place)
-            if once and holder is not None and holder.pid and "expected to be free" in str(error):
-                raise _BusyError(f"another loop works here: {describe(holder)}") from error
-            raise
+    try:
+        with hold_lease(place, OWNER, section.lease_ttl_s, wait_s, tell) as confirm, _guarded(confirm, section):
+            return _work(config, Ledger(workspace, confirm, _teller(config)), once, force)
+    except LeaseLostError:
+        raise
+    except StorageError as error:
+        holder = read_lease(place)
+        if once and holder is not None and "expected to be free" in str(error):
+            raise _BusyError(f"another loop works here: {describe(holder)}") from error
+        raise
 
 
 def _work(config: Config, ledger: Ledger, once: bool, force: bool) -> dict[str, Any]:
@@ -173,10 +173,12 @@ def _result(decision: str, trigger: dict[str, Any], line: dict[str, Any] | None)
 
 def _sleep(config: Config, ledger: Ledger) -> None:
     """Until the next look is due, or somebody asks for a retraining by hand."""
+    listen()  # Ray sets handlers of its own
     deadline = time.monotonic() + config.retrain.look_every_s
+    known = findings.asked(ledger.workspace)
     while time.monotonic() < deadline:
         time.sleep(min(POLL_S, config.retrain.look_every_s))
-        if findings.asked(ledger.workspace) not in ("", ledger.state.heeded):
+        if findings.asked(ledger.workspace) != known:
             return
 
 
@@ -232,14 +234,17 @@ def _guarded(confirm: Callable[[], Lease], section: Any) -> Iterator[None]:
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into KeyboardInterrupt too, where signals can be handled (the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in before:
-        signal.signal(number, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler)

@@ -10,17 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flows
+from cluster.api_keys import check_exposure, is_loopback
 from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
+from cluster.placement import ServeSection
 from cluster.registry import CHAMPION, Registry, Version
-from cluster.serving import READY_LIMIT_S, ModelSource, endpoint, find_port, readiness
+from cluster.serving import ModelSource, endpoint, find_port, readiness
+from cluster.signals import ended_by_signals
 from flows.config import Config
 from flows.console import program, say, step
 
@@ -37,20 +38,18 @@ LOG_TAIL_LINES = 15
 
 def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, Any]:
     """Serve the champion until SIGINT or SIGTERM; `detach` returns once it answers, `stop` ends the running one."""
-    from cluster.api_keys import check_exposure
-
     workspace = open_workspace(config.workspace)
     if stop:
         return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
     check_exposure(config.serve)
-    champion = _champion(config, workspace)
+    champion = champion_of(config, workspace)
     running = endpoint_of(workspace)
     if running is not None and running["model_version"] == champion.number:
         say(f"the endpoint runs already: {running['url']} serves {champion.uri}")
         return _result(running)
     if running is not None:
         say(f"{running['url']} serves version {running['model_version']} and follows the champion to {champion.uri}")
-        return _result(_wait_for_version(workspace, champion.number))
+        return _result(_wait_for_version(config, workspace, champion.number))
     find_port(config.serve.host, config.serve.port)
     if detach:
         return _result(_detach(config, workspace))
@@ -67,7 +66,7 @@ def make_key(config: Config, name: str) -> dict[str, Any]:
         )
     path = Path(config.serve.api_keys_file)
     key = new_key(path, name)
-    say(f"key {name!r}, shown once; {path} keeps its hash, and its rate limit and priority can be edited there:")
+    say(f"key {name!r}, shown once; {path} keeps its hash, and its rate limit (each replica's) and priority to edit:")
     say(f"  {key}")
     return {"name": name, "key": key, "file": str(path)}
 
@@ -92,10 +91,11 @@ def endpoint_of(workspace: Workspace) -> dict[str, Any] | None:
 
 def server_of(workspace: Workspace) -> Lease | None:
     """Return the lease of the process that serves, or is about to serve, this workspace."""
-    return read_lease(_lock(workspace))
+    return read_lease(lock_of(workspace))
 
 
-def _champion(config: Config, workspace: Workspace) -> Version:
+def champion_of(config: Config, workspace: Workspace) -> Version:
+    """Return the champion; RegistryError with the command that makes one where there is none."""
     champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
     if champion is not None:
         return champion
@@ -112,40 +112,21 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
     from flows.models import resolve_model
     from flows.paint import FACTORY
 
-    with _ended_by_signals() as listen, hold_lease(_lock(workspace), "fresco serve", wait_s=2) as confirm:
+    with ended_by_signals(), hold_lease(lock_of(workspace), "fresco serve", wait_s=2) as confirm:
         model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
-        say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
+        say(f"starting Ray and loading the model (ready within {config.serve.ready_limit_s:.0f} s)")
         follower = Follower(config, workspace, model)
         source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
         with endpoint(source, config.serve, config.placement) as url:
-            listen()
-            _say_ready(follower.write_record(url, os.getpid(), model.version))
+            _say_ready(follower.write_record(told_url(config.serve, url), os.getpid(), model.version))
             try:
                 _watch(url, confirm, follower, config.serve.follow_s)
             except KeyboardInterrupt:
                 say("ending: drawings at work are finished first")
             finally:
-                _remove_record(workspace, os.getpid())
+                remove_record(workspace, os.getpid())
     return follower.record
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[Any]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt too; yields a function that does so again (Ray sets its own)."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def listen() -> None:
-        for number in signals:
-            signal.signal(number, signal.default_int_handler)
-
-    listen()
-    try:
-        yield listen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(url: str, confirm: Any, follower: "Follower", every_s: float) -> None:
@@ -184,10 +165,10 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
-    step(f"starting the endpoint in process {child.pid}; its log is {log}")
     try:
-        record = _wait_for_child(child, workspace, log)
-    except BaseException:
+        step(f"starting the endpoint in process {child.pid}; its log is {log}")
+        record = _wait_for_child(child, workspace, log, config.serve.ready_limit_s)
+    except BaseException:  # who is interrupted must not leave it behind either
         child.terminate()
         child.wait(config.serve.drain_s + END_LIMIT_S)
         raise
@@ -197,7 +178,9 @@ def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
     return record
 
 
-def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log: Path) -> dict[str, Any]:
+def _wait_for_child(
+    child: "subprocess.Popen[bytes]", workspace: Workspace, log: Path, limit_s: float
+) -> dict[str, Any]:
     start = told = time.monotonic()
     while True:
         record = endpoint_of(workspace)
@@ -206,24 +189,25 @@ def _wait_for_child(child: "subprocess.Popen[bytes]", workspace: Workspace, log:
         now = time.monotonic()
         if child.poll() is not None:
             raise EndpointError(f"endpoint expected to start, found it ended ({child.returncode}):\n{_tail(log)}")
-        if now - start > READY_LIMIT_S:
-            raise EndpointError(f"endpoint expected within {READY_LIMIT_S:.0f} s, found it not ready:\n{_tail(log)}")
+        if now - start > limit_s:
+            raise EndpointError(f"endpoint expected within {limit_s:.0f} s, found it not ready:\n{_tail(log)}")
         if now - told >= TELL_EVERY_S:
             told = now
             last = _tail(log, 1) or "starting"
-            say(f"waiting for the endpoint: {now - start:.0f} s of at most {READY_LIMIT_S:.0f} s: {last}")
+            say(f"waiting for the endpoint: {now - start:.0f} s of at most {limit_s:.0f} s: {last}")
         time.sleep(POLL_S)
 
 
-def _wait_for_version(workspace: Workspace, number: int) -> dict[str, Any]:
+def _wait_for_version(config: Config, workspace: Workspace, number: int) -> dict[str, Any]:
     """Wait until the running endpoint draws with a version; EndpointError past the limit, or when it ends."""
     start = time.monotonic()
+    limit_s = config.serve.ready_limit_s * config.serve.max_replicas  # they load one after the other
     while (record := endpoint_of(workspace)) is not None:
         if record["model_version"] == number:
             return record
-        if time.monotonic() - start > READY_LIMIT_S:
+        if time.monotonic() - start > limit_s:
             raise EndpointError(
-                f"endpoint expected to serve version {number} within {READY_LIMIT_S:.0f} s, found it still on version"
+                f"endpoint expected to serve version {number} within {limit_s:.0f} s, found it still on version"
                 f" {record['model_version']}; its terminal or serving/serve.log says why; fresco serve --stop ends it"
             )
         time.sleep(POLL_S)
@@ -250,7 +234,7 @@ def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
                 f" with: kill -9 {holder.pid}"
             )
         time.sleep(POLL_S)
-    _remove_record(workspace, holder.pid)
+    remove_record(workspace, holder.pid)
     return {**_result({**record, "pid": holder.pid}), "stopped": True}
 
 
@@ -268,14 +252,20 @@ def _record(workspace: Workspace) -> Path:
     return workspace.root / "endpoint.json"
 
 
-def _remove_record(workspace: Workspace, pid: int) -> None:
+def remove_record(workspace: Workspace, pid: int) -> None:
     """Take our endpoint.json away; one that a successor wrote meanwhile stays."""
     record = read_json(_record(workspace))
     if record is not None and record["pid"] == pid:
         _record(workspace).unlink(missing_ok=True)
 
 
-def _lock(workspace: Workspace) -> Path:
+def told_url(settings: ServeSection, url: str) -> str:
+    """Return the address for endpoint.json: on an endpoint for other machines, the one at which they reach it."""
+    return settings.public_url.rstrip("/") if settings.public_url and not is_loopback(settings.host) else url
+
+
+def lock_of(workspace: Workspace) -> Path:
+    """Whose lease says which process looks after the workspace's endpoint."""
     return workspace.root / "locks" / "endpoint.lock"
 
 

@@ -7,6 +7,7 @@ prompt is left out and counted. Shards are read one by one, so memory is bounded
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +53,7 @@ def _added(reservoir: Reservoir, table: pa.Table, with_rows: bool) -> Reservoir:
     # The time is ours: by the request's name alone, which a client may choose, it could choose what is sampled.
     names = zip(table["request_id"].to_pylist(), table["time_s"].to_pylist(), strict=True)
     keys = [key_of(hashlib.sha256(f"{request} {time_s!r}".encode()).hexdigest()) for request, time_s in names]
-    columns = {"text": np.array([text or "" for text in table["prompt"].to_pylist()], object)}
+    columns: dict[str, Any] = {"text": np.array([text or "" for text in table["prompt"].to_pylist()], object)}
     if with_rows:
         columns["row"] = np.stack([np.asarray(row, np.float32) for row in table["prompt_features"].to_pylist()])
     return add(reservoir, keys, columns)

@@ -6,16 +6,16 @@ of the gate. One that returns `ends` ends the cycle with that decision; `reasons
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.artifacts import Workspace, read_journal, read_record
+from cluster.artifacts import Workspace, read_journal, read_json, read_record
 from cluster.champion import PROMOTE
+from cluster.endpoint_numbers import Look
 from cluster.errors import RegistryError
-from cluster.registry import Registry
-from cluster.serving import READY_LIMIT_S
-from components.dataset import DatasetVersion
-from flows import evaluate, grow, prepare, promote, snapshot, train, tune
+from cluster.registry import CHAMPION, Registry
+from components.dataset import CARD, DatasetVersion
+from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.continual import continued
@@ -26,6 +26,7 @@ from flows.models import ResolvedModel, resolve_model
 from flows.serve import endpoint_of
 
 REFUSED, ROLL_BACK = "refused", "roll_back"
+REPLACED = "the champion was changed by hand meanwhile"
 POLL_S = 0.25
 
 
@@ -63,6 +64,8 @@ class Desk:
 
 def take_snapshot(desk: Desk) -> dict[str, Any]:
     """Freeze what arrived; a first champion is made from what the source holds when `prepare` reads it."""
+    begin = probation.look(desk.config)
+    desk.cycle.look = None if begin is None else asdict(begin)
     if desk.first:
         return {"parent": None, "new": 0}
     number = desk.cycle.champion_before or 0
@@ -79,16 +82,26 @@ def prepare_version(desk: Desk) -> dict[str, Any]:
     """Grow the champion's dataset by the frozen arrivals, or make the first version."""
     if desk.first:
         dataset = prepare.ensure_dataset(desk.config)
+        _tell_of(desk, dataset)
         return {"dataset": dataset.id, "images": len(dataset.items), "added": len(dataset.items)}
     parent, _ = named_version(desk.workspace, desk.result("snapshot")["parent"])
     found = desk.result("snapshot")["new"]
     dataset = grow.grow(desk.config, parent, snapshot.thaw(desk.workspace, desk.cycle.id)) if found else parent
+    _tell_of(desk, dataset)
     added = len(dataset.items) - len(parent.items)
     numbers = {"dataset": dataset.id, "images": len(dataset.items), "added": added}
     if not added:
         told = f"none of {found} arrivals is a picture that {parent.id} lacks" if found else "nothing arrived"
         return {**numbers, "ends": REFUSED, "reasons": [f"nothing to learn from: {told}"]}
     return numbers
+
+
+def _tell_of(desk: Desk, dataset: DatasetVersion) -> None:
+    """Journal a version whose maker was killed just after it was complete."""
+    card = read_json(dataset.directory / CARD) or {}
+    numbers = {"images": len(dataset.items), "rejected": len(card.get("rejected_items", []))}
+    parent = {"parent": card["parent"]} if "parent" in card else {}
+    desk.ledger.tell("dataset", {"dataset": dataset.id}, **numbers, **parent)
 
 
 def search_recipe(desk: Desk) -> dict[str, Any]:
@@ -167,13 +180,32 @@ def pass_gate(desk: Desk) -> dict[str, Any]:
     """Let the gate decide, once: what the journal says of this run in this cycle is its decision."""
     run_id = desk.result("train")["run_id"]
     line = gate_line(desk, run_id)
-    if line is None or not refused(line):
+    if line is None or is_champion(desk, line["version"]):  # of the champion it only completes what a crash left out
         desk.ledger.confirm()
-        promote.run(desk.config, run_id)  # of a run that is champion already it only completes what a crash left out
-        line = gate_line(desk, run_id) or {}
+        result = promote.run(
+            desk.config, run_id, tryout=lambda version: _tryout(desk, version), confirm=desk.ledger.confirm
+        )
+        line = gate_line(desk, run_id) or result  # no line: it was made champion by hand before this cycle began
     keys = ("decision", "version", "reasons", "report")
     numbers = {key: line.get(key) for key in keys}
     return {**numbers, "ends": REFUSED} if refused(line) else numbers
+
+
+def _tryout(desk: Desk, version: int) -> dict[str, Any]:
+    """Try the version on traffic; note what the champion did meanwhile, or since the cycle began."""
+    desk.ledger.confirm()
+    tried = probation.try_out(desk.config, version, say)
+    before = tried["numbers"].get("before")
+    if before is None and desk.cycle.look is not None:
+        before = probation.since(desk.config, Look(**desk.cycle.look))
+    desk.cycle.before = before
+    desk.ledger.save()
+    return tried
+
+
+def is_champion(desk: Desk, version: int) -> bool:
+    champion = desk.registry.by_alias(desk.config.name, CHAMPION)
+    return champion is not None and champion.number == version
 
 
 def refused(line: dict[str, Any]) -> bool:
@@ -195,20 +227,33 @@ def gate_line(desk: Desk, run_id: str) -> dict[str, Any] | None:
 def deploy(desk: Desk) -> dict[str, Any]:
     """Wait until the running endpoint draws with the new version; it follows the registry by itself."""
     number, began = desk.result("gate")["version"], time.monotonic()
+    limit_s = desk.config.serve.ready_limit_s
     told = False
     while (running := endpoint_of(desk.workspace)) is not None:
         if running["model_version"] == number:
             return {"url": running["url"], "model_version": number}
+        if not is_champion(desk, number):
+            return {"url": running["url"], "model_version": running["model_version"], "why": REPLACED}
         waited = time.monotonic() - began
-        if waited > READY_LIMIT_S:
-            why = f"the endpoint did not draw with version {number} within {READY_LIMIT_S:.0f} s; its log says why"
+        if waited > limit_s:
+            why = f"the endpoint did not draw with version {number} within {limit_s:.0f} s; its log says why"
             return {"url": running["url"], "model_version": running["model_version"], "watch": ROLL_BACK, "why": why}
         if not told:
-            say(f"waiting at most {READY_LIMIT_S:.0f} s until {running['url']} draws with version {number}")
+            say(f"waiting at most {limit_s:.0f} s until {running['url']} draws with version {number}")
             told = True
         time.sleep(POLL_S)
     say("no endpoint runs: the new champion serves when one is started")
     return {"url": None, "model_version": None, "why": "no endpoint runs"}
+
+
+def watch(desk: Desk) -> dict[str, Any]:
+    """Watch the new champion at the endpoint; one that must not stay is rolled back when the cycle ends."""
+    version = desk.result("gate")["version"]
+    if not is_champion(desk, version):
+        return {"verdict": probation.KEEP, "why": REPLACED, "compared": {}}
+    found = probation.watch(desk.config, version, desk.cycle.before, say)
+    numbers = {"verdict": found["decision"], "why": "; ".join(found["reasons"]), "compared": found["numbers"]}
+    return {**numbers, "watch": ROLL_BACK} if found["decision"] == probation.ROLL_BACK else numbers
 
 
 STAGES = {
@@ -219,5 +264,6 @@ STAGES = {
     "evaluate": evaluate_run,
     "gate": pass_gate,
     "deploy": deploy,
+    "watch": watch,
 }
 NEED_RAY = ("prepare", "search", "train", "evaluate", "gate")

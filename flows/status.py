@@ -1,4 +1,4 @@
-"""fresco status: what serves, why, since when, what served before, and whether the endpoint answers.
+"""fresco status: what serves, why, since when, what served before, whether the endpoint answers, what the loop does.
 
 It changes nothing but the journal, and that only where a crash left a line out.
 """
@@ -8,15 +8,29 @@ from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
 from cluster.champion import reigns, settle
+from cluster.judging import judged_now
 from cluster.lease import Lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
 from cluster.serving import readiness
 from flows.config import Config
 from flows.console import program, say
+from flows.loop_status import loop_of, told_of_loop
 from flows.serve import endpoint_of
 
 NUM_DECISIONS = 10
-UNTOLD = ("time", "event", "reasons", "scorecard", "checks", "gate", "move")
+UNTOLD = (
+    "time",
+    "event",
+    "reasons",
+    "scorecard",
+    "checks",
+    "gate",
+    "move",
+    "streams",
+    "statistics",
+    "numbers",
+    "cursor",
+)
 """Too long for a line."""
 
 
@@ -30,8 +44,10 @@ def run(config: Config) -> dict[str, Any]:
     endpoint = endpoint_of(workspace)
     found: dict[str, Any] = {
         **{alias: _version(registry.by_alias(config.name, alias)) for alias in (CHAMPION, PREVIOUS, CHALLENGER)},
+        "judging": judged_now(registry, config.name),
         "lease": _lease(read_lease(registry.lock_path(config.name))),
         "endpoint": None if endpoint is None else {**endpoint, **_state(endpoint["url"])},
+        "loop": loop_of(workspace, journal),
         "decisions": journal[-NUM_DECISIONS:],
     }
     if found["champion"] is not None:
@@ -79,6 +95,8 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
             say(f"           {reason}")
     if found["challenger"] is not None:
         say(f"challenger version {found['challenger']['version']} is being tried (run {found['challenger']['run_id']})")
+    for number in found["judging"]:
+        say(f"candidate  version {number} is being judged")
     if previous is not None:
         say(f"previous   version {previous['version']} (run {previous['run_id']}, dataset {previous['dataset']})")
     if found["lease"] is not None:
@@ -89,6 +107,8 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
         say(f"endpoint   {endpoint['url']} {endpoint['status']}, version {endpoint['model_version']}")
         if champion is not None and endpoint["model_version"] != champion["version"]:
             say(f"           it does not serve the champion; next: {program()} serve --detach")
+    for text in told_of_loop(found["loop"]):
+        say(text)
     for line in found["decisions"]:
         numbers = {key: value for key, value in line.items() if key not in UNTOLD}
         say(f"  {line['time']} {line['event']} {' '.join(f'{key}={value}' for key, value in numbers.items())}")

@@ -5,7 +5,6 @@ memory is short for two, new requests wait, the old weights finish their rows an
 they cannot be, the old ones come back. A challenger is never worth that: it loads where there is room, or not at all.
 """
 
-import gc
 import logging
 import threading
 import time
@@ -13,10 +12,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.api_errors import ApiError, later
-from cluster.free_memory import free_bytes
+from cluster.free_memory import collect_memory, free_bytes, memory_turn
 from cluster.painter_contract import Job, SwappingError
 from cluster.request_shares import in_share
 from cluster.role_metrics import Role
@@ -33,6 +33,8 @@ LOG = logging.getLogger(__name__)
 WARM_UP = "warm up"
 SALT = "challenger"
 LOST_RETRY_S = 5
+TURN_LIMIT_S, START_LIMIT_S = 600.0, 60.0
+"""For a turn at memory: of a swap, which is tried again later, and of a start, which is wanted more than it is safe."""
 GIB = 2**30
 
 
@@ -43,6 +45,8 @@ class VersionSettings:
     challenger_share: float = 0.0
     shadow_share: float = 0.0
     memory_headroom_bytes: int = 0
+    turns_folder: str = ""
+    """Where replicas of one machine take turns to load: what is free for one is free for all. Empty: no turns."""
 
 
 @dataclass
@@ -95,7 +99,9 @@ class Lineup:
         self._following = threading.Lock()
         self._failed_drained: Mapping[str, Any] | None = None
         """What did not load when everything else had been let go for it: nobody waits for a second try."""
-        model = load(**arguments)
+        self._turns = Path(settings.turns_folder) if settings.turns_folder else None
+        with memory_turn(self._turns, arguments["device"], START_LIMIT_S, alone=False):
+            model = load(**arguments)
         self.engine = StepBatchEngine(limits, on_dropped=self._forget)
         self._crown(self._add(arguments, model))
 
@@ -161,8 +167,9 @@ class Lineup:
                 self._crown(challenger)
                 self.challenger = None
             else:
-                self._load_champion(arguments)
-        except Exception:
+                with memory_turn(self._turns, arguments["device"], TURN_LIMIT_S):
+                    self._load_champion(arguments)
+        except Exception:  # counted whatever it is, and handed on
             self.counts.swap_failures += 1
             raise
         self.lost = ""
@@ -188,7 +195,7 @@ class Lineup:
             self._let_go()
             try:
                 self._crown(self._add(arguments, self._drawing(arguments)))
-            except Exception as error:
+            except Exception as error:  # whatever a model's code raises
                 # Its frames hold what was loaded of the new weights, and there is no room for both.
                 traceback.clear_frames(error.__traceback__)
                 self._failed_drained = arguments
@@ -199,10 +206,10 @@ class Lineup:
             self.waiting = ""
 
     def _restore(self, old: Loaded, error: Exception) -> None:
-        _collect(str(old.arguments.get("device")))
+        collect_memory(str(old.arguments.get("device")))
         try:
             self._crown(self._add(old.arguments, self._load_model(**old.arguments)))
-        except Exception as second:
+        except Exception as second:  # whatever it is, it must be told: nothing draws any more
             self.lost = f"no model is loaded: neither the new one ({error}) nor the one before ({second}) could be"
             raise RuntimeError(self.lost) from second
 
@@ -216,7 +223,7 @@ class Lineup:
         self.challenger = None
         with self._changed:
             self._changed.wait_for(lambda: not self._at_work)
-        _collect(str(self.champion.arguments.get("device")))
+        collect_memory(str(self.champion.arguments.get("device")))
 
     def _follow_challenger(self, wanted: Mapping[str, Any] | None) -> None:
         """Keep, exchange or let go of the challenger; one that cannot be loaded is left out, and that is told."""
@@ -228,11 +235,12 @@ class Lineup:
         if wanted is None or self.challenger is not None or wanted == self.champion.arguments:
             return
         try:
-            plan, reason = self._plan(wanted)
-            if plan != "beside":
-                raise MemoryError(reason)
-            self.challenger = self._add(wanted, self._drawing(wanted))
-        except Exception as error:
+            with memory_turn(self._turns, wanted["device"], TURN_LIMIT_S):
+                plan, reason = self._plan(wanted)
+                if plan != "beside":
+                    raise MemoryError(reason)
+                self.challenger = self._add(wanted, self._drawing(wanted))
+        except Exception as error:  # whatever a model's code raises, the champion draws on
             self.counts.swap_failures += 1
             version = wanted.get("facts", {}).get("model_version")
             raise RuntimeError(
@@ -286,12 +294,3 @@ def can_draw(loaded: Loaded, job: Job) -> bool:
 
 def warm_up_row(info: Mapping[str, Any]) -> PictureRequest:
     return PictureRequest(WARM_UP, steps=2, width_px=info["width_px"], height_px=info["height_px"])
-
-
-def _collect(device: str) -> None:
-    """Give memory of dropped weights back, also to the GPU."""
-    gc.collect()
-    if device != "cpu":
-        import torch
-
-        torch.cuda.empty_cache()

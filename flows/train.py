@@ -81,6 +81,8 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
             return dict(record["results"])
         data = ensure_encoded(config, inputs.dataset, inputs.base, with_text=not trains_text(config.train.freezing))
         plan_name = config.train.freezing
+        if config.train.warmup_steps >= config.train.steps:
+            say(f"note: train.warmup_steps={config.train.warmup_steps} is no less than train.steps: no peak, no fall")
         step(f"train: run {run_id} on {inputs.dataset.id}, plan {plan_name}, {config.train.steps} steps, {batch}")
         job = open_job(config, inputs, data)
         started = time.monotonic()
@@ -178,6 +180,10 @@ def plan(config: Config) -> list[str]:
         lines += memory_table(trained, frozen, config.placement.workers, bf16, stage)
     else:
         lines.append(f"model.base {str(base)!r} is not here: no memory estimate")
+    if config.train.replay_of:
+        lines.append(
+            f"replay: {config.train.replay_fraction:.1%} of each batch are pictures of {config.train.replay_of}"
+        )
     steps = [f"train {config.train.steps} steps on {config.placement.workers} workers with {config.placement.engine}"]
     return [*lines, *steps, f"export a diffusers directory under {config.workspace}/runs"]
 

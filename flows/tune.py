@@ -28,6 +28,7 @@ from components.search_results import at_equal_steps
 from components.search_space import Dimension, default_grace, parse_space
 from flows.config import Config, known_keys, with_overrides
 from flows.console import program, say, step
+from flows.replay import old_version
 from flows.search import BAD_TRIAL, Search, tracked
 from flows.search_record import SearchRecord, TrialRecord
 from flows.search_report import write_report
@@ -40,6 +41,7 @@ def run(config: Config) -> dict[str, Any]:
     """Search, continue the winner to its full length, report; return the verb's JSON object."""
     check_placement(config.placement)
     space = check_space(config)
+    old_version(config)
     with local_session(config.placement):
         inputs = open_inputs(config)
         search_id = f"{config.name}-{search_fingerprint(config, inputs)}"

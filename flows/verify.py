@@ -5,9 +5,12 @@ exit code: a changed picture is a completed check. What a file that is not valid
 it is told as a claim, and nothing from a file can move the cursor or look like a line of ours.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cluster.artifacts import open_workspace
 from components.errors import InputError
@@ -22,23 +25,36 @@ MOST_CHARS = 300
 
 
 def run(config: Config, file: str, key: str | None = None) -> dict[str, Any]:
-    """Judge one file; InputError when it cannot be read or is no PNG, JPEG or WebP."""
+    """Judge one file and say what was found; InputError when it cannot be read or is no PNG, JPEG or WebP."""
+    found = judge(config, file, key)
+    say(f"{plain(found['file'])}: {found['verdict']}: {plain(found['reason'])}")
+    if found["verdict"] == "unknown key":
+        folder = open_workspace(config.workspace).keys
+        trusted = ", ".join(_trusted(config, key)) or "none"
+        say(f"trusted are {trusted} (in {folder}); name the endpoint's public key with --key FILE")
+    if found["facts"] and found["verdict"] != "valid":
+        say("claimed, not verified:")
+    for name, value in found["facts"].items():
+        say(f"  {plain(name)}: {plain(value)}")
+    return found
+
+
+def judge(config: Config, file: str, key: str | None = None) -> dict[str, Any]:
+    """Return what `run` returns, without a word."""
     path = Path(file).expanduser()
     content = _read(path)
-    folder = open_workspace(config.workspace).keys
-    keys = read_public_key(Path(key).expanduser()) if key else read_public_keys(folder)
     try:
-        verdict = verify(content, keys)
+        verdict = verify(content, _trusted(config, key))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    say(f"{_plain(path)}: {verdict.status}: {_plain(verdict.reason)}")
-    if verdict.status == "unknown key":
-        say(f"trusted are {', '.join(keys) or 'none'} (in {folder}); name the endpoint's public key with --key FILE")
-    if verdict.facts and verdict.status != "valid":
-        say("claimed, not verified:")
-    for name, value in verdict.facts.items():
-        say(f"  {_plain(name)}: {_plain(value)}")
     return {"file": str(path), "verdict": verdict.status, **{k: v for k, v in asdict(verdict).items() if k != "status"}}
+
+
+def _trusted(config: Config, key: str | None) -> Mapping[str, Ed25519PublicKey]:
+    """Public keys by id: the one that was named, else the workspace's."""
+    if key:
+        return read_public_key(Path(key).expanduser())
+    return read_public_keys(open_workspace(config.workspace).keys)
 
 
 def _read(path: Path) -> bytes:
@@ -50,7 +66,7 @@ def _read(path: Path) -> bytes:
         raise InputError(f"expected a picture at {path}, found: {error.strerror or error}") from error
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     """Return a text of one line, with what a terminal would obey, and what would turn its direction, spelled out."""
     text = str(value)
     shown = text[:MOST_CHARS] + ("..." if len(text) > MOST_CHARS else "")

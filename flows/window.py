@@ -71,6 +71,8 @@ class Window:
     cursor: dict[str, Any]
     tables: dict[str, int] = field(default_factory=dict)
     """Parquet files that were read, with the number of their pictures that are new."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """The cursor for the next look, where nobody's is shared."""
 
     @property
     def pictures(self) -> tuple[Sampled, ...]:
@@ -82,7 +84,7 @@ class Window:
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, "tables": self.tables, "sample": [asdict(one) for one in self.sample]}
+        return {"cursor": self.own, "tables": self.tables, "sample": [asdict(one) for one in self.sample]}
 
 
 class _Chooser:
@@ -110,21 +112,30 @@ class _Chooser:
 
 
 def take_window(
-    config: Config, workspace: Workspace, parent: DatasetVersion, seed: int, state: dict[str, Any], at: float
+    config: Config,
+    workspace: Workspace,
+    parent: DatasetVersion,
+    seed: int,
+    state: dict[str, Any],
+    at: float,
+    shared: dict[str, Any] | None = None,
 ) -> Window:
     """Look at the source and bring the sample up to date; `state` is the window's before, empty for the first.
 
+    `shared` is the cursor of somebody else's look just now: what has settled for them has settled here, and their
+    listing stays as it is.
     `config.data.resolution_px` must be the parent's. Raises as `flows.arrivals.look` does.
     """
     size = config.monitor.window
     before = {one["key"]: Sampled(**one) for one in state.get("sample", [])}
     tables = dict(state.get("tables", {}))
-    cursor, settle_s = state.get("cursor"), config.monitor.settle_s
+    place, settle_s = (source.PLACE if shared else PLACE), config.monitor.settle_s
+    cursor = shared or state.get("cursor")
     gone = 0
     while True:
         chooser = _Chooser(size, seed, before, tables)
-        found = source.look(config, parent, cursor, settle_s, MOST_READ, at, chooser, PLACE)
-        cursor = found.cursor
+        found = source.look(config, parent, cursor, settle_s, MOST_READ, at, chooser, place)
+        cursor = shared or found.cursor
         left = {key: one for key, one in before.items() if key in chooser.alive or one.file in tables}
         tables_left = tables
         if len(chooser.alive_tables) < len(tables):  # rows of the others may have been passed over: read all anew
@@ -145,6 +156,7 @@ def take_window(
         gone,
         found.cursor,
         tables,
+        (state.get("cursor") or {}) if shared else found.cursor,
     )
 
 

@@ -45,8 +45,10 @@ def running(command: list[str], log: Path, **options: object) -> Iterator["subpr
             process.wait(60)
 
 
-def wait_for(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
+def wait_for(
+    ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, limit_s: float = START_LIMIT_S
+) -> None:
+    deadline = time.monotonic() + limit_s
     while not ready():
         assert process.poll() is None, f"the server ended:\n{log.read_text()}"
         assert time.monotonic() < deadline, f"the server did not answer:\n{log.read_text()}"

@@ -26,6 +26,7 @@ MUST_STAY_LIGHT = (
     "flows/__main__.py",
     "flows/config.py",
     "flows/presets.py",
+    "flows/command.py",
     "flows/console.py",
     "components/recipe.py",
     "components/search_space.py",

@@ -12,8 +12,9 @@ import pytest
 
 from cluster import champion
 from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
-from cluster.champion import move_champion, reigns, retire, roll_back, set_challenger, settle
+from cluster.champion import drop_challenger, move_champion, reigns, retire, roll_back, set_challenger, settle
 from cluster.errors import ChampionMovedError, RegistryError
+from cluster.judging import judging
 from cluster.lease import hold_lease
 from cluster.registry import (
     CHALLENGER,
@@ -83,7 +84,16 @@ def promote_against(root: str, number: int, expected: int) -> None:
 
 def promote_and_die(root: str, number: int, where: str) -> None:
     """Kill this process, as the kernel would, at the point named by `where`."""
+    die_at(where)
+    move_champion(Registry(open_workspace(root)), "fresco", number, {"reasons": ["better"]})
 
+
+def refuse_and_die(root: str, number: int, where: str) -> None:
+    die_at(where)
+    drop_challenger(Registry(open_workspace(root)), "fresco", number, ["rejected"])
+
+
+def die_at(where: str) -> None:
     def die(*arguments: Any, **names: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -100,7 +110,6 @@ def promote_and_die(root: str, number: int, where: str) -> None:
             real(self, name, alias, to)
 
         Registry.set_alias = set_alias  # type: ignore[method-assign]
-    move_champion(Registry(open_workspace(root)), "fresco", number, {"reasons": ["better"]})
 
 
 def test_move_keeps_the_old_champion_as_previous_and_journals_it(registry: Registry, workspace: Workspace) -> None:
@@ -273,13 +282,94 @@ def test_retired_version_that_is_promoted_again_is_marked_no_longer(registry: Re
     assert not registry.by_number("fresco", 1).tags.get(TAG_RETIRED)
 
 
-def test_challenger_is_set_and_removed(registry: Registry) -> None:
-    set_challenger(registry, "fresco", 3)
+def challenger_of(registry: Registry) -> int | None:
     found = registry.by_alias("fresco", CHALLENGER)
-    assert found is not None and found.number == 3
-    set_challenger(registry, "fresco", None)
-    set_challenger(registry, "fresco", None)
-    assert registry.by_alias("fresco", CHALLENGER) is None
+    return found.number if found else None
+
+
+def test_challenger_is_set_and_removed_and_both_are_journaled(registry: Registry, workspace: Workspace) -> None:
+    move_champion(registry, "fresco", 1)
+    assert set_challenger(registry, "fresco", 3, ["tried on request"]) is None and challenger_of(registry) == 3
+    before = set_challenger(registry, "fresco", 4)
+    assert before is not None and before.number == 3
+    for _ in range(2):
+        set_challenger(registry, "fresco", None, ["enough"])
+        assert challenger_of(registry) is None
+    lines = [line for line in read_journal(workspace) if line["event"] == "challenger"]
+    assert [(line["version"], line["reasons"]) for line in lines] == [
+        (3, ["tried on request"]),
+        (4, []),
+        (None, ["enough"]),
+    ]
+    assert settle(registry, "fresco") == [], "the champion's own history has no such lines"
+
+
+def test_champion_and_a_missing_version_are_no_challengers(registry: Registry) -> None:
+    move_champion(registry, "fresco", 1)
+    set_challenger(registry, "fresco", 3)
+    with pytest.raises(RegistryError, match="found 1, which serves already"):
+        set_challenger(registry, "fresco", 1)
+    with pytest.raises(RegistryError, match="models:/fresco/9 expected"):
+        set_challenger(registry, "fresco", 9)
+    assert challenger_of(registry) == 3
+
+
+@pytest.mark.parametrize("by", ["promote", "rollback", "other tools"])
+def test_challenger_that_becomes_champion_is_one_no_more(registry: Registry, by: str) -> None:
+    move_champion(registry, "fresco", 1)
+    move_champion(registry, "fresco", 2)
+    set_challenger(registry, "fresco", 1)
+    if by == "promote":
+        move_champion(registry, "fresco", 1)
+    elif by == "rollback":
+        roll_back(registry, "fresco", {"reasons": []})
+    else:
+        registry.set_alias("fresco", CHALLENGER, 2)
+        assert settle(registry, "fresco") == ["repaired: version 2 is the champion, and the challenger no more"]
+    assert challenger_of(registry) is None and settle(registry, "fresco") == []
+
+
+def test_other_challenger_stays_when_champions_move_or_somebody_is_refused(registry: Registry) -> None:
+    set_challenger(registry, "fresco", 3)
+    move_champion(registry, "fresco", 1)
+    move_champion(registry, "fresco", 2)
+    roll_back(registry, "fresco", {"reasons": []})
+    assert not drop_challenger(registry, "fresco", 4, ["rejected"])
+    assert challenger_of(registry) == 3
+    assert drop_challenger(registry, "fresco", 3, ["rejected"]) and challenger_of(registry) is None
+
+
+def test_promoter_killed_before_its_challenger_is_one_no_more_is_repaired(
+    registry: Registry, workspace: Workspace
+) -> None:
+    move_champion(registry, "fresco", 1)
+    set_challenger(registry, "fresco", 3)
+    assert in_processes((promote_and_die, (str(workspace.root), 3, CHALLENGER))) == [-signal.SIGKILL]
+    assert aliases(registry) == (3, 1) and challenger_of(registry) == 3
+    assert len(settle(registry, "fresco")) == 2, "the journal's line and the alias"
+    assert aliases(registry) == (3, 1) and challenger_of(registry) is None
+    line = read_journal(workspace)[-1]
+    assert (line["event"], line["champion"], line["repaired"]) == ("promote", 3, True)
+    assert settle(registry, "fresco") == []
+
+
+@pytest.mark.parametrize(("where", "left"), [(CHALLENGER, 3), ("journal", None)])
+def test_refusal_killed_on_its_way_leaves_nothing_half_done(
+    registry: Registry, workspace: Workspace, where: str, left: int | None
+) -> None:
+    """Either nothing has happened, or the alias is gone: what was refused is never tried on."""
+    move_champion(registry, "fresco", 1)
+    set_challenger(registry, "fresco", 3)
+    assert in_processes((refuse_and_die, (str(workspace.root), 3, where))) == [-signal.SIGKILL]
+    assert challenger_of(registry) == left and settle(registry, "fresco") == []
+    assert drop_challenger(registry, "fresco", 3, ["rejected"]) == (left is not None)
+
+
+def test_what_is_judged_is_not_retired(registry: Registry) -> None:
+    move_champion(registry, "fresco", 6)
+    with judging(registry, "fresco", 2):
+        assert [version.number for version in retire(registry, "fresco", 0)] == [1, 3, 4, 5]
+    assert [version.number for version in retire(registry, "fresco", 0)] == [1, 2, 3, 4, 5]
 
 
 def test_history_has_every_reign_with_its_end_and_no_refusals(registry: Registry, workspace: Workspace) -> None:

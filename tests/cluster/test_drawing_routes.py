@@ -229,6 +229,23 @@ def held_step(engine: Any) -> Iterator[threading.Event]:
         released.set()
 
 
+def test_deadline_counts_from_the_arrival_of_a_request_not_from_its_last_byte(served: Endpoint) -> None:
+    with httpx.Client(trust_env=False) as http:
+        route, body = f"{served.url}/v1/images/generations", {"prompt": "x", "steps": 1, "deadline_s": 0.5}
+
+        def slowly() -> Iterator[bytes]:
+            written = json.dumps(body).encode()
+            yield written[:5]
+            time.sleep(0.6)  # a slow upload
+            yield written[5:]
+
+        headers = {"content-type": "application/json"}
+        answer = http.post(route, content=slowly(), headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) in ((400, "deadline_s"), (504, None)), answer.text
+        body["deadline_s"] = 30.0
+        assert http.post(route, content=slowly(), headers=headers).status_code == 200
+
+
 def test_full_queue_is_429_with_the_measured_backlog(client: openai.OpenAI, tiny_base: Path, tmp_path: Path) -> None:
     limits = LIMITS.model_copy(update={"max_queue": 4, "max_batch_rows": 2, "capture_share": 0.0})
     with endpoint(tiny_base, tmp_path, limits) as full, httpx.Client(trust_env=False) as http:

@@ -1,11 +1,16 @@
 """Free memory: the tightest control group above the process decides, in both versions; without one the machine's."""
 
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster.free_memory import free_bytes, free_host_bytes
+from cluster.free_memory import free_bytes, free_host_bytes, memory_turn
 
 MIB = 2**20
 
@@ -60,3 +65,47 @@ def test_gpu_is_asked_itself() -> None:
     before = free_bytes("cuda")
     del held
     assert free_bytes("cuda") >= before + 64 * MIB, "what torch keeps for itself can be taken again"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cluster.free_memory import memory_turn
+
+with memory_turn(Path(sys.argv[1]), "cpu", 0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_turn_of_another_process_is_waited_for_and_ends_with_it(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(TimeoutError, match="another replica loads a model"), memory_turn(tmp_path, "cpu", 0.1):
+            pytest.fail("two at a time")
+        with memory_turn(tmp_path, "cpu", 0.1, alone=False):
+            pass  # who starts is wanted more than it is safe
+        with memory_turn(tmp_path, "cuda", 0):
+            pass  # another memory
+        os.kill(holder.pid, signal.SIGKILL)
+        with memory_turn(tmp_path, "cpu", 60):
+            pass
+
+
+def test_those_that_start_share_a_turn_and_keep_away_who_would_be_alone(tmp_path: Path) -> None:
+    with ExitStack() as starting:
+        for _ in range(2):
+            starting.enter_context(memory_turn(tmp_path, "cpu", 0, alone=False))
+        with pytest.raises(TimeoutError), memory_turn(tmp_path, "cpu", 0):
+            pytest.fail("others take memory")
+    with memory_turn(tmp_path, "cpu", 0):
+        pass
+
+
+def test_without_a_folder_to_write_in_nobody_waits(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (None, tmp_path / "file"):
+        with memory_turn(folder, "cpu", 0), memory_turn(folder, "cpu", 0):
+            pass

@@ -6,6 +6,7 @@ import hmac
 import json
 import shlex
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -133,6 +134,24 @@ def test_known_message_has_the_signature_of_the_standards_own_example() -> None:
     body = b'{"test": 2432232314}'
     signature = webhook.sign(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, body)
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_receiver_of_the_user_guide_takes_what_is_genuine_and_nothing_else(
+    section: Callable[..., RetrainSection], key_file: Path, tmp_path: Path
+) -> None:
+    """The program as it is printed there, in a process of its own."""
+    guide = Path(__file__).parents[2] / "docs" / "user-guide.md"
+    script = guide.read_text().split("```python\nimport base64")[1].split("```")[0]
+    command = [sys.executable, "-c", f"import base64{script}", str(key_file), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().strip()
+            assert send(section(webhook=url), EVENT) == []
+            assert process.stdout.readline() == "cycle promoted 412 arrivals; drift 0.31\n"
+            assert post(url, b"another key of the tests", "two", b"{}").endswith("found: status 401")
+        finally:
+            process.kill()
 
 
 def test_failure_that_may_pass_is_tried_again_with_the_same_id(section: Callable[..., RetrainSection]) -> None:

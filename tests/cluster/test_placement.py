@@ -111,3 +111,17 @@ def test_a_bound_on_pictures_at_work_below_the_largest_picture_is_refused() -> N
 )
 def test_compiling_without_buckets_takes_powers_of_two(settings: dict[str, Any], buckets: tuple[int, ...]) -> None:
     assert ServeSection(**settings).buckets == buckets
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit_s"),
+    [
+        ({}, 300.0),
+        ({"row_buckets": (2, 8)}, 300.0),
+        ({"row_buckets": (2, 8), "compile": True}, 780.0),
+        ({"compile": True}, 1980.0),
+        ({"compile": True, "strict": True}, 540.0),
+    ],
+)
+def test_a_start_may_take_longer_the_more_is_compiled(settings: dict[str, Any], limit_s: float) -> None:
+    assert ServeSection(**settings).ready_limit_s == limit_s

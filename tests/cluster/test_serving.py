@@ -17,7 +17,7 @@ from PIL import Image
 from cluster.answers import PROVENANCE
 from cluster.errors import EndpointError, PlacementError
 from cluster.placement import PlacementSection, ServeSection
-from cluster.serving import ModelSource, endpoint, find_port, readiness, url_of, wait_until_ready
+from cluster.serving import FREE_PORTS, ModelSource, endpoint, find_port, readiness, url_of, wait_until_ready
 from components.models import make_tiny, save_parts
 from components.provenance import verify
 from components.signing_key import read_public_keys
@@ -187,10 +187,15 @@ def test_second_endpoint_on_a_taken_port_is_refused_before_anything_starts(url: 
     assert (readiness(url) or {})["status"] == "ready"
 
 
-def test_port_zero_is_free_and_a_foreign_host_is_refused() -> None:
+def test_port_zero_is_free_and_a_foreign_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = find_port("127.0.0.1", 0)
     port = find_port("127.0.0.1", 0)
+    assert port in FREE_PORTS, "one that no outgoing connection takes before Serve's proxy binds it"
     with closing(socket.socket()) as other:
         other.bind(("127.0.0.1", port))
+        other.listen(1)
+        monkeypatch.setattr("cluster.serving.random.sample", lambda ports, count: [free, port])
+        assert find_port("127.0.0.1", 0) == free, "a taken one is passed over"
     with pytest.raises(PlacementError, match=r"203\.0\.113\.5"):
         find_port("203.0.113.5", 0)
 

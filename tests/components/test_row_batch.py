@@ -13,6 +13,7 @@ from components.errors import InputError
 from components.models import Parts, TextStates, family_named, make_tiny
 from components.row_batch import RowBatch, fitting_bucket, join, make_plan, step_rows
 from components.sampler import PictureRequest
+from components.side_by_side import SideBySide
 from components.versions import Version
 
 SIDE = {"width_px": 16, "height_px": 16}
@@ -33,6 +34,22 @@ def run(version: Version, batch: RowBatch, steps: int, buckets: tuple[int, ...] 
         for _ in range(steps):
             batch = step_rows(batch, plan, version.predict, version.family.guide)
     return batch
+
+
+def test_parts_of_a_call_side_by_side_are_the_whole_call(version: Version) -> None:
+    scales = [0.0, 3.0, 7.0] * 7
+    rows = [PictureRequest("a red circle", seed, 3 + seed % 4, scale, **SIDE) for seed, scale in enumerate(scales)]
+    batch = join(rows_of(version, *rows))
+    calls = SideBySide(3)
+    plan = make_plan(batch, parts=calls.parts)
+    sizes = [len(call.text.mask_BL) for call in plan.calls]
+    assert len(sizes) == 3 and sum(sizes) == batch.call_rows and max(sizes) - min(sizes) <= 1
+    with torch.inference_mode():
+        whole = step_rows(batch, make_plan(batch), version.predict, version.family.guide)
+        cut = step_rows(batch, plan, version.predict, version.family.guide, calls)
+    calls.close()
+    torch.testing.assert_close(cut.latents_BCHW, whole.latents_BCHW, atol=1e-4, rtol=1e-4)
+    assert len({tuple(row.flatten().tolist()) for row in cut.latents_BCHW}) == len(rows), "every row is its own"
 
 
 def tensors(batch: RowBatch) -> list[Tensor]:

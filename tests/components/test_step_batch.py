@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, Progress
 from components.errors import DeadlineError, InputError, NonFiniteError, QueueFullError
-from components.models import Parts, embedded_base, load_parts, make_tiny
+from components.models import Parts, embedded_base, latent_factor, load_parts, make_tiny, size_multiple_px
 from components.sampler import PictureRequest, draw
 from tests.engine_desk import BLUE, RED, Desk, check_alike, difference, make, picture
 
@@ -295,6 +295,27 @@ def test_a_version_that_was_tried_serves_without_being_loaded_again() -> None:
     check_alike(desk.inbox.pictures("waiting"), tried, row)
     desk.engine.close()
     assert desk.dropped == ["v1"]
+
+
+def test_a_size_that_the_new_model_cannot_draw_is_drawn_by_the_old_one_or_refused_and_hurts_nobody() -> None:
+    """Stable Diffusion draws every latent cell, Z-Image pairs of them."""
+    old, new = make("epsilon"), make("z_image")
+    odd = picture(RED, seed=3, width_px=16 + latent_factor(old))
+    even = picture(RED, seed=4)
+    assert size_multiple_px(new) == 2 * latent_factor(new) and odd.width_px % size_multiple_px(new)
+    desk = Desk(old, max_batch_rows=2)
+    for name, row in (("at work", even), ("waits", odd), ("moves", even)):
+        desk.ask(name, row)
+    desk.engine.step()
+    desk.engine.load("v2", new)
+    with pytest.raises(InputError, match=rf"multiples of {size_multiple_px(new)} px.* found {odd.width_px}x16; ask"):
+        desk.ask("refused", odd)
+    desk.ask("after", even)
+    desk.finish()
+    ends = {name: desk.inbox.end_of(name) for name in ("at work", "waits", "moves", "after")}
+    drawn = {name: end.version for name, end in ends.items() if isinstance(end, Done)}
+    assert drawn == {"at work": "v1", "waits": "v1", "moves": "v2", "after": "v2"}, ends
+    desk.engine.close()
 
 
 def test_pictures_do_not_depend_on_the_default_precision_which_loading_a_model_changes_for_a_moment(

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from components.threads import settle_once, settle_threads
+from components.threads import calls_at_once, settle_once, settle_threads
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ def test_error_of_a_first_picture_reaches_the_caller() -> None:
 
 def test_process_settles_once_and_long_pictures_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("components.threads._settled", None)
+    monkeypatch.setattr("components.threads._at_once", 1)
     drawn: list[int] = []
 
     def slow() -> None:
@@ -51,3 +52,15 @@ def test_process_settles_once_and_long_pictures_are_not_tried_again(monkeypatch:
     assert settle_once(slow, 8, asked=5) == 2 == torch.get_num_threads() and drawn == [2]
     monkeypatch.setattr("components.threads._settled", None)
     assert settle_once(slow, 8, asked=5) == 5 and drawn == [2]
+    assert calls_at_once() == 1, "who asks for a number of threads gets no more"
+
+
+def test_cores_that_a_call_leaves_idle_make_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.threads._settled", None)
+    monkeypatch.setattr("components.threads._at_once", 1)
+    monkeypatch.setattr("components.threads.settle_threads", lambda draw, most: 2)
+    before = torch.get_num_threads()
+    try:
+        assert settle_once(lambda: None, 9) == 2 and calls_at_once() == 4
+    finally:
+        torch.set_num_threads(before)

@@ -5,6 +5,10 @@ import base64
 import functools
 import io
 import itertools
+import json
+import os
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +17,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -48,7 +53,9 @@ from components.provenance import encode
 from components.sampler import draw
 from components.signing_key import Signer, open_signer, read_public_keys
 from tests.endpoint import endpoint
+from tests.servers import running, wait_for
 
+ROOT = Path(__file__).parents[2]
 FULL = {"clear": "503 replica_gone", "unclear": "ReadError", "final": "400 invalid_value", "drawn": "", "left": ""}
 
 
@@ -370,3 +377,28 @@ def test_every_form_of_request_is_drawn_by_a_real_endpoint_and_signed(
     signature = "every picture is signed for its own request, seed and version"
     checks = judge_soak(Log(stories), (), read_public_keys(tmp_path / "keys"), 0)
     assert {check.claim: check.held for check in checks}[signature] is True
+
+
+# Endings
+
+
+@pytest.mark.slow  # an endpoint starts
+@pytest.mark.timeout(600)
+def test_soak_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None:
+    """As by `timeout 60 make soak`, which tells the process and at once its group."""
+    options = ["--minutes", "5", "--swaps", "0", "--kill-every-s", "0", "--replicas", "1"]
+    command, log = [sys.executable, "-m", "benchmarks.soak", *options], tmp_path / "log"
+    with tempfile.TemporaryDirectory() as short:  # sockets of Ray lie below it
+        folder, env = Path(short), {**os.environ, "TMPDIR": short, "PYTHONPATH": str(ROOT)}
+        with running(command, log, env=env, cwd=ROOT) as process:
+            wait_for(
+                lambda: bool(list(folder.glob("*/workspace/endpoint.json"))), process, log, ServeSection().ready_limit_s
+            )
+            (record,) = folder.glob("*/workspace/endpoint.json")
+            server = psutil.Process(json.loads(record.read_text())["pid"])
+            started = [server, *server.children(recursive=True)]
+            os.kill(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(120)
+            assert psutil.wait_procs(started, 20)[1] == []
+            assert not list(folder.glob("fresco-soak-*"))

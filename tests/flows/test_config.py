@@ -120,6 +120,8 @@ def test_fingerprint_ignores_locations_and_names_and_follows_contents() -> None:
         assert fingerprint(load_config(overrides=[f"{key}=elsewhere"])) == plain, key
     assert fingerprint(load_config(), dataset="renamed@0123456789ab") == plain
     assert fingerprint(load_config(), dataset="emblems@ffffffffffff") != plain
+    old, renamed = (load_config(overrides=[f"train.replay_of={name}@0123456789ab"]) for name in ("emblems", "renamed"))
+    assert fingerprint(old) == fingerprint(renamed) != plain
     assert fingerprint(load_config(), base="000000000000") != plain
     assert fingerprint(load_config(overrides=["data.resolution_px=32"])) != plain
     assert len(plain) == 12 and int(plain, 16) >= 0

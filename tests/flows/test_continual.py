@@ -121,3 +121,9 @@ def test_unknown_and_useless_versions_are_refused_before_anything_starts(
         train.run(pinned)
     found = old_version(with_overrides(config, {"train.replay_of": known.id}))
     assert found is not None and found.id == known.id
+
+
+def test_averaging_of_adapters_is_refused_before_a_cycle_trains() -> None:
+    config = config_of("train.freezing=lora:4", "retrain.average_with_champion=0.2")
+    with pytest.raises(InputError, match="found lora:4: averaged adapters"):
+        continued(config, CHAMPION, PARENT, GROWN, 0.0, 1)

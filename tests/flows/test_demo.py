@@ -1,6 +1,9 @@
 """The demo, whole and small: every verb on real parts, from drawn pictures to an endpoint's answer."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,9 +13,8 @@ from cluster.registry import CHAMPION, Registry
 from flows import demo
 from flows.config import load_config
 
-pytestmark = pytest.mark.slow  # a search, two rehearsals and an endpoint
 
-
+@pytest.mark.slow  # a search, two rehearsals and an endpoint
 @pytest.mark.timeout(600)
 def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Path) -> None:
     small = ["data.source=emblems://drifted?count=240&seed=1", "train.steps=12", "train.eval_every_steps=4"]
@@ -49,6 +51,30 @@ def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Pat
         ("new", "old"), {"before", "after"}
     )
     assert second["cycle"]["cycle"] in Path(second["timeline"]).read_text()
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_story_that_is_interrupted_ends_its_endpoint_where_it_would_have_ended_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def served(config: object, **options: bool) -> dict[str, Any]:
+        asked.append(options)
+        return {"url": "http://127.0.0.1:9"}
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    done = {"best": {"run_id": "fresco-aaa"}}
+    for name in ("prepare", "promote", "tune"):
+        monkeypatch.setattr(demo, name, SimpleNamespace(run=lambda *arguments: done))
+    monkeypatch.setattr(demo, "local_session", lambda placement: nullcontext())
+    monkeypatch.setattr(demo.serve, "run", served)
+    monkeypatch.setattr(demo.generate, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(load_config(preset="tiny_cpu", workspace=str(tmp_path / "w")), stop=stop)
+    assert asked == [{"detach": True}, *([{"stop": True}] if stop else [])]
 
 
 def size_of(path: str) -> tuple[int, int]:

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -172,3 +175,23 @@ def test_command_prints_one_json_object() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(load.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results"][0]["images_per_s"] > 0
+
+
+def test_load_that_is_told_to_end_ends_and_says_so() -> None:
+    arrived, over = threading.Event(), threading.Event()
+
+    async def never(body: dict[str, Any]) -> Any:
+        arrived.set()
+        while not over.is_set():
+            await asyncio.sleep(0.05)
+        return await draw(body)
+
+    with served(never) as url:
+        command = [sys.executable, "-m", "flows", "load", url, "--rate", "20", "--seconds", "600"]
+        here = Path(load.__file__).parents[1]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here) as process:
+            assert arrived.wait(120)
+            os.kill(process.pid, signal.SIGTERM)
+            told = process.communicate(timeout=60)[1]
+        over.set()
+    assert process.returncode == 1 and "interrupted" in told

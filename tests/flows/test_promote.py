@@ -4,7 +4,10 @@ The rehearsal on the serving path has its own tests; here it is stood for, so th
 """
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cluster.artifacts import open_workspace, read_journal, write_record
-from cluster.champion import move_champion
+from cluster.champion import move_champion, set_challenger
+from cluster.errors import RegistryError
 from cluster.registry import (
     CHALLENGER,
     CHAMPION,
@@ -33,10 +37,11 @@ from components.errors import InputError
 from components.evidence import Served
 from components.models import load_parts, make_tiny, model_fingerprint, save_parts
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection
-from flows import history, prepare, promote, rollback, status
+from flows import challenge, history, prepare, promote, rollback, status
 from flows.config import Config
 from flows.models import resolve_model
 
+KILL_LIMIT_S = 300
 WORST, MIDDLE, BEST = 4.0, 2.0, 0.0
 """What the denoiser's last layer is multiplied by: a random prediction is the worse the larger it is."""
 
@@ -95,6 +100,17 @@ def registry_of(config: Config) -> Registry:
     return Registry(open_workspace(config.workspace))
 
 
+def challenger_of(config: Config) -> int | None:
+    found = registry_of(config).by_alias("fresco", CHALLENGER)
+    return found.number if found else None
+
+
+def promote_and_die(config: Config, model: str) -> None:
+    """Kill this process, as the kernel would, while the candidate is judged."""
+    promote.rehearse = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    promote.run(config, model)
+
+
 def outcomes(result: dict[str, Any]) -> dict[str, str]:
     return {check["name"]: check["outcome"] for check in result["checks"]}
 
@@ -111,7 +127,6 @@ def test_first_model_passes_as_its_own_case_and_is_registered_with_its_lineage(c
     assert tags[TAG_FINGERPRINT] == "recipe000000" and tags[TAG_BASE] == "ba5e00000000"
     assert tags[TAG_MODEL_FINGERPRINT] == model_fingerprint(run / "pipeline")
     assert tags[TAG_DECISION] == "promote" and json.loads(tags[TAG_SCORECARD])["denoising_loss"] > 0
-    assert registry_of(config).by_alias("fresco", CHALLENGER) is None
 
 
 def test_better_model_replaces_the_champion_with_its_numbers_in_the_journal(config, make_model) -> None:
@@ -147,7 +162,6 @@ def test_worse_model_is_rejected_and_remembered(config, make_model) -> None:
     assert (result["decision"], result["version"], result["champion"]) == ("reject", 2, 1)
     assert "shown not to be" in result["reasons"][0]
     assert registry_of(config).by_number("fresco", 2).tags[TAG_DECISION] == "reject"
-    assert registry_of(config).by_alias("fresco", CHALLENGER) is None
     assert read_journal(open_workspace(config.workspace))[-1]["decision"] == "reject"
     told = history.run(config)
     assert [entry["champion"] for entry in told["entries"]] == [1]
@@ -306,3 +320,119 @@ def test_folder_that_is_no_pipeline_changes_nothing(config, tmp_path: Path, rehe
     with pytest.raises(InputError, match="found a folder without it"):
         promote.run(config, str(tmp_path))
     assert rehearsed == [] and registry_of(config).by_alias("fresco", CHAMPION) is None
+
+
+def test_candidate_has_no_alias_while_the_gate_decides_and_another_challenger_stays(
+    config, make_model, monkeypatch
+) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST), ("fresco-c", BEST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    assert challenge.run(config, "fresco-b") == {"challenger": 2, "champion": 1}
+    seen: list[tuple[Any, Any, Any]] = []
+
+    def look(*_: Any) -> Served:
+        found = status.run(config)
+        seen.append((found["champion"]["version"], found["challenger"]["version"], found["judging"]))
+        return Served(ready_s=1.0, answer_s=0.1, pictures=3)
+
+    monkeypatch.setattr(promote, "rehearse", look)
+    assert promote.run(config, "fresco-c")["champion"] == 3
+    assert seen == [(1, 2, [3])]
+    assert challenger_of(config) == 2 and status.run(config)["judging"] == []
+
+
+def test_promote_killed_while_it_judges_leaves_no_alias_and_nothing_judged(config, make_model) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", BEST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    process = multiprocessing.get_context("spawn").Process(target=promote_and_die, args=(config, "fresco-b"))
+    process.start()
+    process.join(KILL_LIMIT_S)
+    assert process.exitcode == -signal.SIGKILL
+    found = status.run(config)
+    assert (found["champion"]["version"], found["challenger"], found["judging"]) == (1, None, [])
+    assert len(registry_of(config).versions("fresco")) == 2, "it was registered, and was being judged"
+    assert promote.run(config, "fresco-b")["champion"] == 2
+
+
+def test_challenger_that_is_rejected_or_promoted_is_one_no_more(config, make_model, capsys) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST), ("fresco-c", BEST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    for run_id, decision in (("fresco-b", "reject"), ("fresco-c", "promote")):
+        challenge.run(config, run_id)
+        assert promote.run(config, run_id)["decision"] == decision and challenger_of(config) is None
+    told = capsys.readouterr().err
+    assert "version 2 is the challenger no more" in told and "rollback --challenger" in told
+
+
+def test_challenger_is_named_and_unnamed_by_hand(config, make_model, capsys) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", BEST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    with pytest.raises(RegistryError, match="found 1, which serves already"):
+        challenge.run(config, "models:/fresco@champion")
+    with pytest.raises(InputError, match="expected without --force"):
+        challenge.run(config, "fresco-b", force=True)
+    challenge.run(config, "fresco-b")
+    assert challenger_of(config) == 2 and "it draws nothing" in capsys.readouterr().err
+    for told in ("version 2 is the challenger no more", "no challenger of fresco"):
+        assert challenge.stop(config, "seen enough") == {"challenger": None, "champion": 1}
+        assert told in capsys.readouterr().err
+    journal = read_journal(open_workspace(config.workspace))
+    assert [line["reasons"] for line in journal if line["event"] == "challenger"] == [
+        ["tried on request"],
+        ["seen enough"],
+    ]
+    set_challenger(registry_of(config), "fresco", 2)
+    assert rollback.plan(config) and challenge.plan(config)
+
+
+def tryout_of(decision: str, numbers: dict[str, Any], asked: list[int]) -> Callable[[int], dict[str, Any]]:
+    def tryout(number: int) -> dict[str, Any]:
+        asked.append(number)
+        return {"decision": decision, "reasons": ["12 of 40 requests failed"], "numbers": numbers}
+
+    return tryout
+
+
+@pytest.mark.parametrize(
+    ("told", "numbers", "decision", "outcome"),
+    [
+        ("keep", {"after": {}}, "promote", "pass"),
+        ("roll_back", {"after": {}}, "reject", "fail"),
+        ("not_enough_requests", {"after": {}}, "promote", "skipped"),
+        ("keep", {}, "promote", "skipped"),
+    ],
+)
+def test_candidate_that_fails_on_traffic_is_rejected(config, make_model, told, numbers, decision, outcome) -> None:
+    asked: list[int] = []
+    for run_id, scale in (("fresco-a", WORST), ("fresco-b", BEST)):
+        make_model(run_id, scale)
+        result = promote.run(config, run_id, tryout=tryout_of(told, numbers, asked))
+    assert asked == [2], "the first champion has nothing to be compared with"
+    assert result["decision"] == decision and outcomes(result)["canary"] == outcome
+    assert result["champion"] == (2 if decision == "promote" else 1)
+    assert (result["reasons"][0] == "on traffic: 12 of 40 requests failed") == (decision == "reject")
+    assert "A share of the traffic" in Path(result["report"]).read_text()
+
+
+def test_what_the_gate_refuses_is_not_tried_on_traffic(config, make_model) -> None:
+    asked: list[int] = []
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST)):
+        make_model(run_id, scale)
+        result = promote.run(config, run_id, tryout=tryout_of("keep", {}, asked))
+    assert result["decision"] == "reject" and asked == [] and "canary" not in outcomes(result)
+
+
+def test_promotion_pins_the_monitors_reference_and_stands_where_that_fails(config, make_model, capsys) -> None:
+    make_model("fresco-a", WORST)
+    promote.run(config, "fresco-a")
+    pinned = open_workspace(config.workspace).root / "monitor" / "reference" / "fresco"
+    assert (pinned / "version-1" / "record.json").is_file()
+    make_model("fresco-b", BEST)
+    astray = config.model_copy(update={"monitor": config.monitor.model_copy(update={"encoder": "nowhere"})})
+    assert promote.run(astray, "fresco-b")["champion"] == 2
+    assert "the reference of version 2 is not pinned yet" in capsys.readouterr().err
+    assert not (pinned / "version-2").exists()

@@ -77,6 +77,15 @@ def test_other_machines_are_let_in_with_keys_only(config: Config, tmp_path: Path
         serve.run(keyed)
 
 
+def test_record_names_an_address_that_those_who_may_ask_can_reach(config: Config) -> None:
+    def told(**changes: str) -> str:
+        return serve.told_url(config.serve.model_copy(update=changes), "http://127.0.0.1:8000")
+
+    assert told() == told(public_url="http://elsewhere") == "http://127.0.0.1:8000"
+    assert told(host="0.0.0.0") == "http://127.0.0.1:8000"
+    assert told(host="0.0.0.0", public_url="http://serve:8000/") == "http://serve:8000"
+
+
 def test_stop_without_a_server_says_so_and_removes_what_a_dead_one_left(config: Config, capsys) -> None:
     record = open_workspace(config.workspace).root / "endpoint.json"
     record.write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": os.getpid(), "model_version": 1}))

@@ -194,8 +194,9 @@ def test_challenger_that_cannot_be_loaded_is_told_once_and_the_champion_answers(
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_only_a_share_loads_what_promote_tries(make_served: Callable[..., Served], share: float) -> None:
-    """The alias moves as `fresco promote` moves it: challenger while it decides, then champion, then none."""
+def test_only_a_share_loads_a_challenger_and_a_champion_is_none(
+    make_served: Callable[..., Served], share: float
+) -> None:
     with make_served(challenger_share=share).running() as served:
         before = read_wanted(**served.follower.follow.arguments)
         served.challenge(2)
@@ -205,8 +206,8 @@ def test_only_a_share_loads_what_promote_tries(make_served: Callable[..., Served
             assert read_wanted(**served.follower.follow.arguments) == before
             assert list(served.bridge.painter.numbers()["versions"]) == ["1 (1)"]
         move_champion(served.registry, "fresco", 2)
+        assert served.registry.by_alias("fresco", "challenger") is None
         served.look()
-        served.challenge(None)
         wait_for(lambda: served.models() == [("fresco", 2)])
         assert list(served.bridge.painter.numbers()["versions"]) == ["2 (2)"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.artifacts import append_journal, open_workspace, write_json_atomic
 from cluster.champion import move_champion
+from cluster.fencing import write_fenced
 from cluster.lease import hold_lease
 from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 from flows import status
@@ -29,8 +30,10 @@ def test_workspace_without_anything_has_nothing_and_is_left_alone(tmp_path: Path
         "champion": None,
         "previous": None,
         "challenger": None,
+        "judging": [],
         "lease": None,
         "endpoint": None,
+        "loop": None,
         "decisions": [],
     }
     assert list(tmp_path.iterdir()) == []
@@ -76,3 +79,43 @@ def test_endpoint_counts_only_while_its_process_lives(config: Config) -> None:
     write_json_atomic(lock, asdict(replace(lease, pid_started=lease.pid_started - 1000)))
     assert server_of(workspace) is None
     assert status.run(config)["endpoint"] is None
+
+
+def test_loop_is_told_with_its_cycle_its_stage_and_its_last_words(config: Config, capsys) -> None:
+    workspace = open_workspace(config.workspace)
+    folder = workspace.root / "retrain"
+    append_journal(workspace, "monitor", verdict="drift", reasons=["images: 31 % of the arrivals differ"], streams={})
+    append_journal(workspace, "trigger", decision="wait", reasons=["no, because the budget is spent"])
+    found = status.run(config)["loop"]
+    assert (found["lease"], found["cycle"]) == (None, None) and found["monitor"]["verdict"] == "drift"
+    with hold_lease(folder / "lease", "fresco retrain") as confirm:
+        stages = {"snapshot": {"seconds": 1.0}}
+        cycle = {"id": "cycle-0003", "turn": 3, "began": 1_800_000_000.0, "trigger": {}, "stages": stages}
+        write_fenced(str(folder / "state.json"), {"cycles": 3, "cycle": cycle}, confirm().token)
+        append_journal(workspace, "stage", cycle="cycle-0003", stage="snapshot", state="done")
+        append_journal(workspace, "stage", cycle="cycle-0003", stage="train", state="began")
+        loop = status.run(config)["loop"]
+    assert loop["lease"]["owner"] == "fresco retrain" and loop["lease"]["pid"] == os.getpid()
+    assert loop["cycle"] == {
+        "id": "cycle-0003",
+        "began": "2027-01-15T08:00:00Z",
+        "stage": "train",
+        "done": ["snapshot"],
+    }
+    assert (loop["trigger"]["decision"], loop["trigger"]["reasons"]) == ("wait", ["no, because the budget is spent"])
+    told = capsys.readouterr().err
+    assert "loop       held by fresco retrain" in told and "cycle-0003 at train" in told
+    assert "trigger    wait at " in told and "monitor    drift at " in told
+    assert "the same command continues it" not in told
+    status.run(config)
+    assert "cycle-0003 at train, began 2027-01-15T08:00:00Z; the same command continues it" in capsys.readouterr().err
+
+
+def test_state_that_cannot_be_read_is_told_and_hides_nothing_else(config: Config) -> None:
+    workspace = open_workspace(config.workspace)
+    state = workspace.root / "retrain" / "state.json"
+    state.parent.mkdir()
+    state.write_text("{half")
+    append_journal(workspace, "cycle", id="cycle-0001", decision="promoted", champion_after=2)
+    loop = status.run(config)["loop"]
+    assert "expected to be" in loop["problem"] and loop["last_cycle"]["decision"] == "promoted"

@@ -1,5 +1,6 @@
 """The line-up: swaps beside the old weights and after draining, what comes back when loading fails, the challenger."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -191,6 +192,43 @@ def test_model_that_fits_in_no_way_is_refused_and_nothing_is_touched(models: Mod
         with pytest.raises(MemoryError, match=r"0\.00 GiB are free, even without what serves"):
             lineup.follow(models[2], None)
         assert models.loads == [1] and names(lineup) == ["1 (1)"] and lineup.waiting == ""
+
+
+def test_replicas_of_one_machine_look_at_its_memory_and_load_one_after_the_other(
+    config: Config, make_run: Callable[[str, int], Path], tmp_path: Path
+) -> None:
+    """What is free is free for all: two that look at the same moment would both take it."""
+    make_models = Models(config, make_run)
+    looks: list[str] = []
+    loading, go_on = threading.Event(), threading.Event()
+
+    def replica(name: str, models: Models) -> Lineup:
+        def free(device: str) -> int:
+            looks.append(name)
+            return PLENTY
+
+        settings = VersionSettings(turns_folder=str(tmp_path / "serving"))
+        return Lineup(models[1], EngineLimits(), settings, models.load, free)
+
+    other_models = copy.copy(make_models)
+    with closing(replica("one", make_models)) as one, closing(replica("other", other_models)) as other:
+
+        def hold() -> None:
+            loading.set()
+            assert go_on.wait(60)
+
+        make_models.while_loading = hold
+        threads = [threading.Thread(target=lineup.follow, args=(make_models[2], None)) for lineup in (one, other)]
+        threads[0].start()
+        assert loading.wait(60)
+        threads[1].start()
+        other.engine.start()
+        threads[1].join(0.3)
+        assert looks == ["one"] and threads[1].is_alive(), "the other one waits, and draws on"
+        go_on.set()
+        for thread in threads:
+            thread.join(60)
+        assert looks == ["one", "other"] and {names(one)[0], names(other)[0]} == {"2 (2)"}
 
 
 def test_challenger_answers_its_share_and_a_request_id_is_always_on_one_side(models: Models) -> None:

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from cluster.artifacts import open_workspace
+from components.arrivals import CHANGING
 from components.dataset import DatasetVersion
 from components.images import to_png
 from flows import arrivals
-from flows.config import Config, load_config
+from flows.config import Config, load_config, with_overrides
 from flows.window import Window, take_window
 
 SIZE, SEED = 20, 5
@@ -108,3 +109,17 @@ def test_rows_of_parquet_files_are_arrivals_like_others(tmp_path: Path, read: li
     third = taken(config, second.state)
     assert third.new_images == 30 and {one.caption for one in third.sample} <= {f"caption {n}" for n in range(30, 60)}
     assert hashes(third) == hashes(taken(config_of(tmp_path, "a third")))
+
+
+def test_a_file_that_came_to_rest_for_whoever_asks_has_come_to_rest(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config = with_overrides(config, {"monitor.settle_s": 60.0})
+    put(tmp_path / "source", range(30))
+    loops = arrivals.look(config, NOBODY, None, 60.0, at=1000.0 - 60)
+    workspace = open_workspace(config.workspace)
+    assert taken(config).waiting == {CHANGING: 30}
+    window = take_window(config, workspace, NOBODY, SEED, {}, 1000.0, loops.cursor)
+    assert window.new_images == 30 and window.own == {}
+    put(tmp_path / "source", range(30, 40))
+    again = arrivals.look(config, NOBODY, loops.cursor, 60.0, at=1000.0)
+    assert again.counts["new"] == 30, "the caller's listing is still there"

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 UNITS = {"none", "s", "reqps", "cps", "percentunit"}
 
 
+@cache
 def exposed() -> dict[str, set[str]]:
     """Every series that a replica can have, with its labels."""
     engine: dict[str, Any] = dict.fromkeys((*SUMS, *LABELLED_SUMS, *LEVELS), 1)
