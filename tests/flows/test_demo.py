@@ -47,9 +47,9 @@ def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Pat
     assert (
         second["champion"] == champion.number == (3 if second["cycle"]["decision"] == "promoted" else champion.number)
     )
-    assert {name: set(pair) for name, pair in second["words"].items()} == dict.fromkeys(
-        ("new", "old"), {"before", "after"}
-    )
+    assert {name: sorted(pair) for name, pair in second["words"].items()} == {
+        name: ["after", "before"] for name in ("new", "old")
+    }
     assert second["cycle"]["cycle"] in Path(second["timeline"]).read_text()
 
 
