@@ -4,7 +4,7 @@ The embedded base has learned one world of drawn emblems and begins as the champ
 that best teaches it another (outlined hearts and stars in new colours), lets the gate measure the winner and decide
 whether it replaces the base, serves the champion, and asks the endpoint for pictures. Then the base draws the same
 prompts with the same seeds, and both go into one picture. In the second act the world drifts again, and the standing
-loop keeps up (`demo_drift.py`). The pictures lie in a folder, as a user's would.
+loop keeps up (`demo_drift.py`).
 """
 
 import time
@@ -14,15 +14,17 @@ from typing import Any
 
 from PIL import Image
 
-from cluster.artifacts import open_workspace
+from cluster.artifacts import open_workspace, read_journal
+from cluster.champion import PROMOTE
+from cluster.registry import CHAMPION
 from cluster.session import local_session
 from components.models import embedded_base
 from components.report import draw_grid
-from components.sources import EMBLEMS_SCHEME, EmblemSource, parse_emblems
-from flows import demo_drift, generate, prepare, promote, serve, tune
-from flows.config import Config, with_overrides
+from components.sources import EMBLEMS_SCHEME, parse_emblems
+from flows import demo_drift, evaluate, generate, prepare, promote, serve, tune
+from flows.config import Config
 from flows.console import program, say, step
-from flows.demo_worlds import write_world
+from flows.models import open_registry
 
 PROMPTS = (
     "an outline of a large crimson heart on a mint background",
@@ -52,16 +54,15 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
 
     with local_session(config.placement):
         with stage("prepare", "draw, validate, split and encode captioned pictures of a world the base never saw"):
-            if world is not None:
-                config = _into_folder(config, world)
             prepare.run(config)
         with stage("champion", "make the base the first champion: what comes has to beat it"):
-            promote.run(config, str(embedded_base()))
+            if open_registry(config).by_alias(config.name, CHAMPION) is None:
+                promote.run(config, str(embedded_base()))
         with stage("tune", f"search rates and freezing plans: {config.search.trials} trials, the best one to its end"):
             tuned = tune.run(config)
         best = tuned["best"]["run_id"]
         with stage("promote", "measure the winner beside the champion, and let the gate decide which one serves"):
-            promoted = promote.run(config, best)
+            promoted = _judged(config, best) or promote.run(config, best)
     second: dict[str, Any] | None = None
     try:
         with stage("serve", "serve the champion over HTTP"):
@@ -100,11 +101,14 @@ def plan(config: Config) -> list[str]:
     return [*steps, *(demo_drift.plan() if config.data.source.startswith(EMBLEMS_SCHEME) else [])]
 
 
-def _into_folder(config: Config, world: EmblemSource) -> Config:
-    """Write the world's pictures where more can arrive; returns the config that reads them from there."""
-    folder = open_workspace(config.workspace).root / "incoming"
-    say(f"{write_world(folder, world)} pictures with captions written to {folder}")
-    return with_overrides(config, {"data.source": str(folder)})
+def _judged(config: Config, run_id: str) -> dict[str, Any] | None:
+    """What the gate said of a run when this demo ran before; asked again, it would compare with a later champion."""
+    lines = read_journal(open_workspace(config.workspace))
+    told = [line for line in lines if line["event"] == PROMOTE and line.get("run_id") == run_id and "decision" in line]
+    if not told:
+        return None
+    say(f"run {run_id} was judged at {told[-1]['time']}: {told[-1]['decision']}, nothing to do")
+    return {**told[-1], "scorecard": evaluate.run(config, run_id)["scorecard"]}
 
 
 def _draw_pairs(before: Sequence[str], after: Sequence[str], name: str) -> Image.Image:

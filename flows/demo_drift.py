@@ -1,16 +1,15 @@
 """The demo's second act: the world drifts, and the standing loop keeps up while a client goes on asking.
 
-Pictures of a new world (another shape, another palette) arrive in the folder that the champion's data came from. The
-monitor says that they have drifted, the loop grows the data, continues the champion with replay of what it knows, lets
-the gate decide, and the endpoint swaps. Before and after, both worlds' words are asked for with the same seeds.
+Pictures of a new world (another shape, another palette) arrive in a folder. The monitor says that they have drifted, the
+loop grows the champion's data, continues the champion with replay of what it knows, lets the gate decide, and the endpoint
+swaps. Before and after, both worlds' words are asked for with the same seeds.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-from cluster.artifacts import open_workspace
+from cluster.artifacts import open_workspace, read_json, write_json_atomic
 from cluster.errors import EndpointError
 from components.sources import EmblemSource
 from flows import generate, monitor, retrain, timeline
@@ -38,6 +37,7 @@ LOOP = {
     "retrain.replay_fraction": 0.5,
     "retrain.most_replay_fraction": 0.5,
 }
+DONE = "demo-drift.json"
 Stage = Callable[[str, str], AbstractContextManager[None]]
 
 
@@ -46,8 +46,14 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
 
     EndpointError when a single request of the client failed.
     """
-    config = with_overrides(config, LOOP)
-    folder, probes = Path(config.data.source), round(PROBES * config.evaluate.prompts)
+    workspace = open_workspace(config.workspace)
+    folder = workspace.root / "incoming"
+    config = with_overrides(config, {**LOOP, "data.source": str(folder)})
+    known: dict[str, Any] | None = read_json(workspace.reports / DONE)
+    if known is not None:
+        say(f"the world drifted before, and version {known['champion']} answered it: nothing to do")
+        return known
+    probes = round(PROBES * config.evaluate.prompts)
     arriving = EmblemSource(NEW_WORLD, round(ARRIVALS * old.count), seed=old.seed + 1)
     with stage("drift", f"{arriving.count} pictures with another shape and other colours arrive; the monitor looks"):
         write_world(folder, arriving)
@@ -64,8 +70,7 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
             }
             for name, world in (("new", NEW_WORLD), ("old", old.world))
         }
-        pictures = open_workspace(config.workspace).root / "pictures"
-        drawn = generate.run(config, PROMPTS, str(pictures / "drifted"), generate.Wish(seed=7))
+        drawn = generate.run(config, PROMPTS, str(workspace.root / "pictures" / "village"), generate.Wish(seed=7))
         story = timeline.run(config)
     found = {
         "verdict": seen["verdict"],
@@ -82,6 +87,7 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
             f"the client expected every one of {client.requests} requests to be answered, found {len(client.failures)}"
             f" failed, the first with: {client.failures[0]}"
         )
+    write_json_atomic(workspace.reports / DONE, found)
     return found
 
 
