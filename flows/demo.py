@@ -73,7 +73,11 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
             before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
             grid = folder / "before-after.png"
             _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
-        if world is not None:
+        if world is not None and promoted["decision"] != "promote":
+            say(
+                "the gate did not let the winner through, so there is no champion whose data could drift: no second act"
+            )
+        elif world is not None:
             second = demo_drift.drift(config, world, promoted["champion"], served["url"], stage)
     finally:
         if stop:  # also when this process is told to end

@@ -1,8 +1,8 @@
 """The demo's second act: the world drifts, and the standing loop keeps up while a client goes on asking.
 
-Pictures of a new world (another shape, another palette) arrive in a folder. The monitor says that they have drifted, the
-loop grows the champion's data, continues the champion with replay of what it knows, lets the gate decide, and the endpoint
-swaps. Before and after, both worlds' words are asked for with the same seeds.
+Pictures of a new world (another shape, another palette) arrive in a folder. The monitor says that they have drifted,
+the loop grows the champion's data, continues the champion with replay of what it knows, lets the gate decide, and the
+endpoint swaps. Before and after, both worlds' words are asked for with the same seeds.
 """
 
 from collections.abc import Callable
