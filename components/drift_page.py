@@ -87,7 +87,7 @@ def make_drift_page(
     owner = next((name for name in ("captions", "images", "alignment") if name in drifted), "")  # of the same words
     sections += [_what_drifted(name, shown, name in (owner, "prompts")) for name, shown in drifted.items()]
     if look.statistics:
-        note = "Plain numbers of both sides, with Holm's correction over the set."
+        note = "Plain numbers of both sides; p has Holm's correction over the set, and the level is a stream's."
         sections.append(section("Simple statistics", note, _statistics(look)))
     sections.append(_over_time(past, smallest_effect, per_year))
     folds = [folded(name, text) for name, text in settings.items()]
@@ -215,13 +215,12 @@ def _word(word: Word, most: float) -> str:
 
 
 def _statistics(look: Look) -> str:
-    share = look.level / (len(look.streams) + 1)
     lines = []
     for one in look.statistics:
         word = '<span class="bad">moved</span>' if _moved(look, one) else "as before"
         numbers = [f"{_plain(one.reference)}", f"{_plain(one.arrivals)}", _effect_of(one), _small(one.adjusted)]
         lines.append(_row([escape(STATISTICS.get(one.name, one.name)), *numbers, word]))
-    return _table(("statistic", "reference", "window", "change", f"p (level {_small(share)})", ""), lines)
+    return _table(("statistic", "reference", "window", "change", "p", ""), lines)
 
 
 def _effect_of(one: Change) -> str:

@@ -19,7 +19,7 @@ from cluster.capture import SCHEMA
 from cluster.champion import move_champion
 from cluster.errors import RegistryError, StorageError
 from cluster.fencing import peek_fenced
-from cluster.registry import TAG_DATASET, Registry
+from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, Registry
 from components.arrivals import CHANGING, NO_CAPTION_YET
 from components.clip_encoder import ClipEncoder
 from components.emblems import example
@@ -184,7 +184,8 @@ def test_another_reference_does_not_bring_the_budget_back(world: Path, workspace
     config = with_overrides(config, {"monitor.window": 50})  # else the same data made the same reference
     registry = Registry(open_workspace(str(workspace)))
     dataset = registry.by_number(config.name, 1).tags[TAG_DATASET]
-    registry.register(config.name, workspace, {TAG_DATASET: dataset})
+    (workspace / "models").mkdir()
+    registry.register(config.name, workspace / "models", {TAG_DATASET: dataset, TAG_MODEL_FINGERPRINT: "two"})
     move_champion(registry, config.name, 2, {})
     result = looked(config, days=1e-5)
     assert (result["reference"]["version"], result["tested"], result["spent"]) == (2, False, 0.0)
@@ -285,7 +286,7 @@ def test_files_that_may_still_change_are_waited_for(world: Path, workspace: Path
     assert looked(config)["window"]["waiting"] == {CHANGING: 30}
     assert looked(config, days=61 / DAY_S)["window"]["pictures"] == 30
     quick = with_overrides(config_of(workspace, world / "same"), {"monitor.settle_s": 0.01})
-    assert monitor.run(quick, wait=True)["tested"]
+    assert monitor.run(quick, wait=True)["window"]["pictures"] == ARRIVALS
 
 
 def test_a_folder_that_shrinks_takes_its_pictures_out_of_the_window(
