@@ -91,7 +91,7 @@ WORLDS = {
     "village": World(
         colours={"coral": (240, 84, 60), "plum": (110, 16, 84), "cobalt": (20, 70, 190), "pine": (10, 90, 60)},
         backgrounds={"cream": (252, 246, 222), "glacier": (150, 226, 236)},
-        shapes=("house", "heart", "star"),
+        shapes=("house", "triangle", "diamond"),
         outline=True,
     ),
 }
