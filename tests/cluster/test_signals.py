@@ -16,9 +16,10 @@ from cluster.signals import SIGNALS, ended_by_signals, handlers_kept
 
 END_LIMIT_S = 90
 STARTED = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from cluster.signals import ended_by_signals
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
 with ended_by_signals():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
