@@ -116,7 +116,7 @@ def _scrape(url: str, folder: Path) -> str | None:
     import httpx
 
     try:
-        answer = httpx.get(f"{url}/metrics", timeout=LIMIT_S)
+        answer = httpx.get(f"{url}/metrics", timeout=LIMIT_S, trust_env=False)
     except httpx.HTTPError:
         return None
     if answer.status_code in KEY_NEEDED:

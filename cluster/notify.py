@@ -79,7 +79,7 @@ def send(section: Receivers, event: Mapping[str, Any]) -> list[str]:
     if not section.webhook and not section.command:
         return []
     message_id = f"fresco_{uuid.uuid4().hex}"
-    body = json.dumps({"id": message_id, **_plain(event)}, ensure_ascii=False, default=str).encode()
+    body = json.dumps({**_plain(event), "id": message_id}, ensure_ascii=False, default=str).encode()
     found = []
     if section.webhook:
         try:

@@ -27,6 +27,8 @@ CANCELLED_STATUS = 499
 HOLD_POLL_S = 0.05
 HELPERS = 4
 """Threads that judge and encode what is asked, and as many that make files: neither kind of work holds up the other."""
+END_LIMIT_S = 10.0
+"""A thread that waits for its turn to load is left behind after so long: it ends with the process."""
 LOG = logging.getLogger(__name__)
 
 
@@ -186,7 +188,7 @@ class PainterBridge:
     def close(self) -> None:
         """Finish what was accepted, then end the painter and its threads."""
         self._closing.set()
-        self._thread.join()
+        self._thread.join(END_LIMIT_S)
         if self._painter is not None:
             self._painter.close()
         self._helpers.shutdown()

@@ -130,7 +130,7 @@ def endpoint(
             wait_until_ready(url, settings.ready_limit_s)
             yield url
         finally:
-            _remove(application, shared)
+            _remove(application, shared and not placement.ray_address)
 
 
 def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> None:

@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+from cluster.artifacts import read_journal
 from cluster.champion import settle
 from cluster.errors import EndpointError, RegistryError, WorkerError
 from cluster.registry import CHAMPION
@@ -31,7 +32,9 @@ FOR_GOOD = (DataError, NonFiniteError)
 def begin(ledger: Ledger, findings: Findings, decision: Decision) -> None:
     """Open a cycle in the state; the journal is told by `run`."""
     state = ledger.state
-    state.cycles += 1
+    # Not the state's own count alone: who removed a damaged state must not get the numbers of old cycles again.
+    told = [str(line.get("cycle", "")).rpartition("-")[2] for line in read_journal(ledger.workspace)]
+    state.cycles = max([state.cycles, *(int(number) for number in told if number.isdecimal())]) + 1
     trigger = {"kinds": [reason.kind for reason in decision.triggers], "reasons": decision.reasons}
     state.cycle = Cycle(
         id=f"cycle-{state.cycles:04d}",
@@ -116,7 +119,10 @@ def _end(desk: Desk) -> dict[str, Any]:
     why = verdict["why"]
     if is_champion(desk, version):  # else it was rolled back already, before we were killed
         desk.ledger.confirm()
-        rollback.run(desk.config, f"{desk.cycle.id}: {why}")
+        try:
+            rollback.run(desk.config, f"{desk.cycle.id}: {why}")
+        except RegistryError as error:
+            return _finish(desk, FAILED, [f"{why}; it stays, there is nothing to go back to: {error}"], again=False)
     return _finish(desk, ROLLED_BACK, [why], again=False)
 
 
@@ -140,6 +146,7 @@ def _finish(desk: Desk, decision: str, reasons: list[str], again: bool) -> dict[
         "run_id": cycle.run_id or None,
         "seconds": round(max(0.0, time.time() - cycle.began), 1),
         "trigger": {key: cycle.trigger[key] for key in ("kinds", "reasons")},
+        "report": done.get("gate", {}).get("report") or done.get("evaluate", {}).get("report"),
         "stages": [{"stage": name, **result} for name, result in done.items()],
     }
     trained = "train" in done and not done["train"].get("repeated")

@@ -61,7 +61,7 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
     told = "the loop: grow the data, continue the champion with replay, gate, swap, watch"
     with Client(url, captions_of(old.world, 50)) as client, stage("retrain", told):
         cycle = retrain.run(config, once=True)
-    after = cycle["champion_after"]
+    after = cycle["champion_after"] or champion
     with stage("words", f"ask champions {champion} and {after} for {probes} captions of either world"):
         words = {
             name: {

@@ -12,18 +12,22 @@ from typing import Any
 from cluster import storage
 from cluster.artifacts import Workspace, read_journal, read_record
 from cluster.champion import reigns
-from cluster.errors import RegistryError, StorageError
+from cluster.errors import RegistryError, StorageError, WorkerError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
 from components import arrivals as rules
 from components.arrivals import Arrivals
 from components.dataset import DatasetVersion, load_dataset
-from components.errors import DataError, InputError
+from components.errors import DataError, InputError, NonFiniteError
+from components.schedule import FAR_AHEAD_S
 from components.sources import EMBLEMS_SCHEME
 from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldown
 from flows import arrivals, snapshot
 from flows.config import Config
 from flows.console import say
 from flows.ledger import Ledger, State, asked_uri
+
+CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
+"""What keeps a measurement from saying anything, and the loop from nothing else."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
         last_tick=state.last_tick or 0.0,
         last_ended=state.ended,
         manual=by_hand,
-        **budget(config, state),
+        **budget(config, state, first=champion is None),
     )
     if champion is None:
         return Findings(evidence, None, None, None, request=request)
@@ -83,7 +87,7 @@ def measure_drift(config: Config, seen: Arrivals) -> Drift:
 
     try:
         found = monitor.run(config, cursor=seen.cursor)
-    except (InputError, DataError, RegistryError) as error:
+    except CANNOT_SAY as error:
         return Drift("not_enough_data", 0.0, (str(error),))
     effect = float(found["drift"]) if found["verdict"] == DRIFTED else 0.0
     return Drift(found["verdict"], effect, tuple(found["reasons"]), str(found["report"] or ""))
@@ -94,13 +98,13 @@ def _decay(config: Config, workspace: Workspace, champion: Version, parent: Data
 
     try:
         return measure_decay(config, workspace, champion, parent, seen)
-    except (InputError, DataError, RegistryError) as error:
+    except CANNOT_SAY as error:
         return Decay(skipped=str(error))
 
 
 def settle_clock(state: State, now: float) -> None:
     """A clock that was set back must not make the loop wait for a time that was already there."""
-    if state.last_tick is None:
+    if state.last_tick is None or state.last_tick > now + FAR_AHEAD_S:
         state.last_tick = now  # the first look: ticks before the loop existed are not owed
     if state.ended is not None:
         state.ended = min(state.ended, now)
@@ -109,9 +113,12 @@ def settle_clock(state: State, now: float) -> None:
     state.spent = [entry for entry in state.spent if now - entry["at"] < WEEK_S]
 
 
-def budget(config: Config, state: State) -> dict[str, Any]:
+def budget(config: Config, state: State, first: bool) -> dict[str, Any]:
     """Steps and GPU hours of the last 7 days, and those that one more cycle would take by what the last one took."""
-    steps = config.retrain.steps or config.train.steps
+    from flows.continual import is_anchor
+
+    whole = first or is_anchor(config.retrain, state.turns + 1)
+    steps = config.train.steps if whole else config.retrain.steps or config.train.steps
     trained = [entry for entry in state.spent if entry["what"] == "train" and entry["steps"]]
     hours = trained[-1]["gpu_hours"] * steps / trained[-1]["steps"] if trained else 0.0
     return {
@@ -174,5 +181,5 @@ def asked(workspace: Workspace) -> str:
     """Return the newest request by hand, empty when there is none."""
     try:
         return str(json.loads(storage.read_bytes(asked_uri(workspace)))["request"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, StorageError, ValueError, KeyError):
         return ""

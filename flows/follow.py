@@ -69,6 +69,8 @@ class Follower:
 
         A registry that is away, or a version whose weights changed, leaves everything as it is.
         """
+        if read_wanted(str(self._path)) != self._written:  # an application that started beside this one wrote its own
+            write_json_atomic(self._path, self._written)
         drawing = self._drawing(status)
         if status["status"] in ("ready", ASLEEP) and drawing != self.record["model_version"]:
             self.write_record(self.record["url"], self.record["pid"], drawing)
@@ -153,4 +155,5 @@ class Follower:
         write_json_atomic(self._path, painter_arguments(config, champion, device, challenger))
         self._champion, self._challenger, self._share = champion, challenger, share
         # As replicas read it: what they start with must equal what they find.
-        return read_wanted(str(self._path)) or {}
+        self._written = read_wanted(str(self._path)) or {}
+        return self._written

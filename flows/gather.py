@@ -19,7 +19,7 @@ from components.metrics import Estimate, clip_scores
 from components.models import embedded_clip
 from flows import evaluate
 from flows.config import Config
-from flows.measure import HeldOut, Performance, held_out, measure
+from flows.measure import MAX_LOSS_PICTURES, HeldOut, Performance, held_out, measure
 from flows.models import ResolvedModel
 
 NUM_ANCHORS = 16
@@ -49,7 +49,8 @@ def gather(
     new = load_dataset(workspace.dataset_dir(contest.dataset))
     own_id = contest.facts.dataset if contest.facts else None
     own = _load(workspace, own_id)
-    data = NewData(new.id, len(new.split(TEST)), _seen(new, own, _load(workspace, contest.candidate.dataset)))
+    fresh = _fresh_rows(new, own)
+    data = NewData(new.id, len(fresh), _seen(new, own, _load(workspace, contest.candidate.dataset)))
     if contest.champion is None or served.problem or (contest.facts and contest.facts.same_weights):
         return Evidence(data, served, contest.facts)
     comparable = evaluate.same_latents(*(model.directory for model in contest.pair))
@@ -60,7 +61,7 @@ def gather(
         data,
         served,
         contest.facts,
-        new=_losses(new.id, performances, comparable),
+        new=_losses(new.id, performances, comparable, fresh),
         own=_own(config, workspace, contest, own_id, own, comparable),
         prompts=_scores(encoder, prompts, performances),
         anchors=_anchors(config, workspace, contest, encoder),
@@ -72,6 +73,15 @@ def _load(workspace: Workspace, dataset_id: str | None) -> DatasetVersion | None
     if not dataset_id or read_record(workspace.dataset_dir(dataset_id)) is None:
         return None
     return load_dataset(workspace.dataset_dir(dataset_id))
+
+
+def _fresh_rows(new: DatasetVersion, own: DatasetVersion | None) -> list[int]:
+    """Which of the measured test pictures are new to the champion: where its data grew, not those that it had already.
+
+    Over all of them a model that learned what arrived would have to be better by the more the less has arrived.
+    """
+    known = {item.sha256 for item in own.items} if own is not None and own.id != new.id else set()
+    return [row for row, item in enumerate(new.split(TEST)[:MAX_LOSS_PICTURES]) if item.sha256 not in known]
 
 
 def _seen(new: DatasetVersion, own: DatasetVersion | None, trained: DatasetVersion | None) -> int:
@@ -96,10 +106,15 @@ def _measure(
     return [measure(config, workspace, model.directory, model.fingerprint, data) for model in contest.pair]
 
 
-def _losses(dataset_id: str, performances: Sequence[Performance], comparable: bool) -> Losses:
+def _losses(
+    dataset_id: str, performances: Sequence[Performance], comparable: bool, rows: Sequence[int] | None = None
+) -> Losses:
+    """The loss of each picture by either model, of the pictures at `rows` where they are given."""
     if not comparable:
         return Losses(dataset_id, missing=OTHER_LATENTS)
     candidate, champion = (performance.losses_NK.mean(axis=1) for performance in performances)
+    if rows is not None:
+        candidate, champion = candidate[list(rows)], champion[list(rows)]
     if len(candidate) < 2:
         return Losses(dataset_id, missing=f"{dataset_id} has {len(candidate)} test pictures, at least 2 are needed")
     return Losses(dataset_id, candidate, champion)

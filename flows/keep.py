@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic
-from cluster.errors import RegistryError, StorageError
+from cluster.errors import RegistryError, StorageError, WorkerError
 from cluster.registry import (
     TAG_BASE,
     TAG_COMMIT,
@@ -80,7 +80,7 @@ def pin_reference(config: Config, number: int) -> None:
     """Pin what the monitor compares arrivals with; where that cannot be now, it is told, and the monitor does so."""
     try:
         reference.pin(config, number)
-    except (InputError, DataError, NonFiniteError, RegistryError, StorageError, OSError) as error:
+    except (InputError, DataError, NonFiniteError, RegistryError, StorageError, WorkerError, OSError) as error:
         say(f"the reference of version {number} is not pinned yet, the monitor will try again: {error}")
 
 

@@ -35,12 +35,11 @@ from flows.serve import endpoint_of
 
 LOOKS = 10
 """In the time of a watch; each spends its part of the significance, so that a broken version is seen early."""
-LOAD_LIMIT_S = 300.0
-"""For every replica to draw with the new version, or for the rows of the one before to end."""
 POLL_S = 0.5
 TRAFFIC_SHARE = 0.1
 """Of `retrain.watch_s`: if no request ends for so long there is no traffic, and nothing is tried."""
 SILENT = "it does not answer"
+ENDED = "the endpoint was ended"
 OF_CHALLENGER = "the challenger"
 """In the error of a challenger that could not be loaded, which says nothing about the champion."""
 KEEP: Verdict = "keep"
@@ -83,9 +82,11 @@ def watch(
     if not watch_s or endpoint is None:
         return _told(KEEP, "retrain.watch_s is 0" if not watch_s else "no endpoint runs", "nothing was watched")
     notify(f"watching version {version} at {endpoint['url']} for {watch_s:g} s")
+    if _look(config, endpoint["url"]) is None:  # that is its address, or its keys, and says nothing of the version
+        return _told(TOO_FEW, f"the metrics of {endpoint['url']} cannot be read", "nothing was watched")
     problem = _wait_until_drawn(config, endpoint["url"], "champion", version)
     if problem:
-        return _told(ROLL_BACK, problem)
+        return _told(TOO_FEW if problem == ENDED else ROLL_BACK, problem)
     return _compare(config, endpoint["url"], ("", "champion"), before, decay)
 
 
@@ -153,11 +154,13 @@ def _compare(
 def _wait_until_drawn(config: Config, url: str, role: str, version: int) -> str:
     """Wait until every replica has the version in its role and the rows of those before are finished; why not, else.
 
-    Rows that take longer than the limit are waited for no more.
+    The limit is that of an endpoint to become ready, once for each replica: those of one machine load in turns. Rows
+    that take longer are waited for no more.
     """
+    limit_s = config.serve.ready_limit_s * config.serve.max_replicas
     start, begin = time.monotonic(), _look(config, url)
     drawn = False
-    while time.monotonic() - start < LOAD_LIMIT_S:
+    while time.monotonic() - start < limit_s:
         now, (state, error) = _look(config, url), _state(url)
         drawn = now is not None and draws_everywhere(now, role, version)
         if state == ASLEEP or (now is not None and drawn and is_drained(now)):
@@ -166,9 +169,9 @@ def _wait_until_drawn(config: Config, url: str, role: str, version: int) -> str:
         if now is not None and begin is not None and not drawn and not of_another and _failed_to_load(begin, now):
             return f"version {version} could not be loaded: {error or 'the log of the endpoint says why'}"
         if endpoint_of(open_workspace(config.workspace)) is None:
-            return "the endpoint was ended"
+            return ENDED
         threading.Event().wait(POLL_S)
-    waited = f"within {LOAD_LIMIT_S:.0f} s"
+    waited = f"within {limit_s:.0f} s"
     return "" if drawn else f"not every replica draws with version {version} as {role} {waited}"
 
 

@@ -129,7 +129,7 @@ def _contest(
 def _tried(judged: Judged, tryout: Tryout) -> Judged:
     """Add what the traffic says; where nothing could be shown, the gate's word stands."""
     found = tryout(judged.version.number)
-    shown = found["decision"] if found["numbers"] else "nothing"
+    shown = found["decision"] if found["numbers"] or found["decision"] == "roll_back" else "nothing"
     outcomes: dict[str, Outcome] = {"keep": "pass", "roll_back": "fail"}
     check = Check(CANARY, outcomes.get(shown, "skipped"), "on traffic: " + "; ".join(found["reasons"]))
     return replace(judged, decision=with_check(judged.decision, check))

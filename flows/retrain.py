@@ -23,6 +23,7 @@ from cluster.errors import LeaseLostError, PlacementError, StorageError, Trackin
 from cluster.lease import Lease, describe, hold_lease, read_lease
 from cluster.placement import check_placement
 from cluster.registry import Registry
+from cluster.signals import ended_by_signals
 from components.triggers import RETRAIN, WAIT, Decision, decide
 from flows import cycle, findings
 from flows.config import Config
@@ -34,8 +35,7 @@ TOLD = ("trigger", "cycle")
 """Lines that webhook and command hear of."""
 ONCE_WAIT_S = 5.0
 POLL_S = 1.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AWAY = (StorageError, TrackingError, PlacementError)
+AWAY = (StorageError, TrackingError, PlacementError, OSError)
 """Storage, tracking server or cluster do not answer: a standing loop goes on when they do."""
 
 
@@ -47,7 +47,7 @@ def run(config: Config, once: bool = False, force: bool = False) -> dict[str, An
     check_placement(config.placement)
     notify.check(config.retrain)
     workspace = open_workspace(config.workspace)
-    with _ended_by_signals():
+    with ended_by_signals():
         try:
             return _hold_and_work(config, workspace, once, force)
         except _BusyError as error:
@@ -97,26 +97,27 @@ def _hold_and_work(config: Config, workspace: Workspace, once: bool, force: bool
     except LeaseLostError:
         raise
     except StorageError as error:
-        holder = read_lease(place)
-        if once and holder is not None and "expected to be free" in str(error):
-            raise _BusyError(f"another loop works here: {describe(holder)}") from error
+        if once and str(error).startswith(f"{place}.epochs expected to be free"):
+            raise _BusyError(f"another loop works here: {error}") from error
         raise
 
 
 def _work(config: Config, ledger: Ledger, once: bool, force: bool) -> dict[str, Any]:
     """Turn after turn; a standing loop ends by a signal."""
-    cycle.close_books(ledger)
     result = _result(WAIT, {"kinds": [], "reasons": ["ended before it looked"]}, None)
     while True:
         try:
+            went_on = ledger.state.cycle is not None
             result = _turn(config, ledger, once, force)
-            force = False
+            force = force and went_on  # a cycle that was under way is not what was asked for
         except LeaseLostError:
             raise
         except AWAY as error:
             if once:
                 raise
             say(f"{error}\nthe loop goes on in {config.retrain.look_every_s:g} s")
+        if force:
+            continue
         if once:
             return result
         try:
@@ -129,6 +130,7 @@ def _work(config: Config, ledger: Ledger, once: bool, force: bool) -> dict[str, 
 
 def _turn(config: Config, ledger: Ledger, once: bool, force: bool) -> dict[str, Any]:
     """One look and what follows from it; a cycle that was under way comes first."""
+    cycle.close_books(ledger)
     state = ledger.state
     if state.cycle is None:
         for repair in settle(Registry(ledger.workspace, config.placement.tracking_uri), config.name):
@@ -152,11 +154,11 @@ def _wait(config: Config, ledger: Ledger, found: findings.Findings, decision: De
     state, champion = ledger.state, found.evidence.champion
     trigger = {"kinds": decision.kinds[1:], "reasons": decision.reasons}
     new = state.told != decision.kinds
-    state.told = decision.kinds
-    ledger.save()
     if new or always:
         say("\n".join(decision.reasons))
         ledger.add("trigger", decision=WAIT, **trigger, numbers=decision.numbers)
+    state.told = decision.kinds  # after the line: a death between them tells it twice, not never
+    ledger.save()
     facts: dict[str, Any] = {"champion_before": champion, "champion_after": champion, "stages": []}
     dataset = found.parent.id if found.parent else None
     return _result(WAIT, trigger, {**facts, "dataset": dataset})
@@ -173,7 +175,6 @@ def _result(decision: str, trigger: dict[str, Any], line: dict[str, Any] | None)
 
 def _sleep(config: Config, ledger: Ledger) -> None:
     """Until the next look is due, or somebody asks for a retraining by hand."""
-    listen()  # Ray sets handlers of its own
     deadline = time.monotonic() + config.retrain.look_every_s
     known = findings.asked(ledger.workspace)
     while time.monotonic() < deadline:
@@ -211,7 +212,7 @@ def _guarded(confirm: Callable[[], Lease], section: Any) -> Iterator[None]:
                 confirm()
             except LeaseLostError as error:
                 lost.append(error)
-                _thread.interrupt_main()
+                _thread.interrupt_main(signal.SIGTERM)  # SIGINT is Ray Train's while it trains
                 return
             except StorageError:
                 continue
@@ -229,22 +230,3 @@ def _guarded(confirm: Callable[[], Lease], section: Any) -> Iterator[None]:
         ended.set()
         if guard.is_alive():
             guard.join()
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt too, where signals can be handled (the main thread)."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    listen()
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def listen() -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler)

@@ -72,7 +72,8 @@ def follow(arguments: Mapping[str, Any], ended: threading.Event) -> None:
             with hold_lease(lock_of(workspace), "fresco serve (Ray Serve application)", wait_s=LEASE_WAIT_S) as confirm:
                 _follow(config, confirm, ended)
         except StorageError as error:
-            say(f"another endpoint of this workspace follows the champion: {error}")
+            say(f"this endpoint does not follow the champion now: {error}")
+            ended.wait(LEASE_WAIT_S)
 
 
 def _follow(config: Config, confirm: Any, ended: threading.Event) -> None:

@@ -227,7 +227,7 @@ def gate_line(desk: Desk, run_id: str) -> dict[str, Any] | None:
 def deploy(desk: Desk) -> dict[str, Any]:
     """Wait until the running endpoint draws with the new version; it follows the registry by itself."""
     number, began = desk.result("gate")["version"], time.monotonic()
-    limit_s = desk.config.serve.ready_limit_s
+    limit_s = desk.config.serve.ready_limit_s * desk.config.serve.max_replicas  # those of one machine load in turns
     told = False
     while (running := endpoint_of(desk.workspace)) is not None:
         if running["model_version"] == number:

@@ -33,6 +33,8 @@ with ended_by_signals():
 """
 WITH_RAY = """
 import sys, time
+import cluster.signals
+cluster.signals.SAME_WISH_S = 60  # on a machine with other work the second one comes late
 from cluster.placement import PlacementSection
 from cluster.session import local_session
 from cluster.signals import ended_by_signals
