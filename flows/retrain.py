@@ -98,7 +98,8 @@ def _hold_and_work(config: Config, workspace: Workspace, once: bool, force: bool
         raise
     except StorageError as error:
         if once and str(error).startswith(f"{place}.epochs expected to be free"):
-            raise _BusyError(f"another loop works here: {error}") from error
+            holder = read_lease(place)  # None where its machine's clock is far from ours
+            raise _BusyError(f"another loop works here: {describe(holder) if holder else error}") from error
         raise
 
 
