@@ -38,16 +38,21 @@ def main() -> None:
         with ended_by_signals():
             code = app(standalone_mode=False)
     except typer.Exit as done:
-        code = done.exit_code
+        interrupted = isinstance(done.__cause__, KeyboardInterrupt)  # Typer's own word for it is 130
+        code = _interrupted() if interrupted else done.exit_code
     except KeyboardInterrupt:
-        say("\ninterrupted: the same command continues where it stopped")
-        code = 1
+        code = _interrupted()
     except typer._click.exceptions.ClickException as error:
         error.show()
         code = 2
     except Exception as error:  # the one place where a verb's errors end
         code = explain(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted() -> int:
+    say("\ninterrupted: the same command continues where it stopped")
+    return 1
 
 
 @dataclass(frozen=True)
