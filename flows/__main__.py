@@ -19,6 +19,7 @@ from cluster.signals import ended_by_signals
 from flows.command import as_command
 from flows.console import explain, keep_stdout_clean, say
 
+INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 app = typer.Typer(
     name="fresco",
     help="Keep a text-to-image model fresh: prepare data, fine-tune on Ray, measure, promote, serve.",
@@ -38,21 +39,18 @@ def main() -> None:
         with ended_by_signals():
             code = app(standalone_mode=False)
     except typer.Exit as done:
-        interrupted = isinstance(done.__cause__, KeyboardInterrupt)  # Typer's own word for it is 130
-        code = _interrupted() if interrupted else done.exit_code
+        code = done.exit_code
     except KeyboardInterrupt:
-        code = _interrupted()
+        code = INTERRUPTED
     except typer._click.exceptions.ClickException as error:
         error.show()
         code = 2
     except Exception as error:  # the one place where a verb's errors end
         code = explain(error)
+    if code == INTERRUPTED:
+        say("\ninterrupted: the same command continues where it stopped")
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _interrupted() -> int:
-    say("\ninterrupted: the same command continues where it stopped")
-    return 1
 
 
 @dataclass(frozen=True)

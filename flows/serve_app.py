@@ -9,7 +9,7 @@ upgrade of a RayService, draw both; one of them follows, the other waits for its
 import os
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,9 +25,6 @@ from flows.follow import Follower
 from flows.models import resolve_model
 from flows.paint import FACTORY
 from flows.serve import champion_of, lock_of, remove_record
-
-if TYPE_CHECKING:
-    from ray.serve import Application
 
 FOLLOW = "flows.serve_app:follow"
 SERVE_PORT = 8000
@@ -49,8 +46,11 @@ class AppArguments(BaseModel):
     """Default: the environment variable FRESCO_WORKSPACE, then the config's."""
 
 
-def app(arguments: AppArguments) -> "Application":
-    """Build the endpoint of the champion; what cannot serve is refused here, and Serve shows the message."""
+def app(arguments: AppArguments) -> Any:
+    """Build the endpoint of the champion, a Serve application; what cannot serve is refused here.
+
+    Serve shows the message.
+    """
     config = _config(arguments)
     # Where somebody else's Serve listens is not ours to see; on a cluster it is every address.
     check_exposure(config.serve.model_copy(update={"host": "0.0.0.0"}))
