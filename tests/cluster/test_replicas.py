@@ -135,6 +135,7 @@ def test_killed_replica_costs_its_own_requests_one_clear_error_each(url: str, cl
     assert client.images.generate(prompt="x", extra_body={"steps": 1}).data
 
 
+@pytest.mark.slow
 def test_endpoint_that_nobody_asks_falls_asleep_and_the_next_request_wakes_it(url: str, client: openai.OpenAI) -> None:
     come_true(lambda: (readiness(url) or {}).get("status") == "asleep")
     assert replica_processes() == []

@@ -139,6 +139,7 @@ def go(search: Search, directory: Path) -> None:
         raise search.error
 
 
+@pytest.mark.slow
 def test_search_records_continues_and_repeats_nothing(
     config: Config, inputs: Inputs, crew: Pretended, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def curve(lines: list[dict[str, Any]], key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in lines if key in line}
 
 
+@pytest.mark.slow
 def test_two_killed_workers_under_zero_2_and_one_plain_one_train_the_same_model(
     tiny_base: Path, workspace: Path, old: str, tmp_path: Path
 ) -> None:
