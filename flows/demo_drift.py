@@ -34,6 +34,8 @@ LOOP = {
     "monitor.settle_s": 0.0,
     "retrain.cooldown_s": 0.0,
     "retrain.watch_s": 20.0,
+    # The embedded CLIP was not trained on these words, and 64 prompts tell its score to 3 points.
+    "gate.max_clip_drop": 5.0,
     "retrain.replay_fraction": 0.5,
     "retrain.most_replay_fraction": 0.5,
 }
