@@ -141,7 +141,7 @@ def _drift(story: Story, link: Link) -> list[str]:
         points = points_of(story.looks, name)
         if points:
             last = points[-1][1]
-            told = f"last: {figure(last.effect)} of {figure(last.threshold)} allowed, p = {figure(last.p_value)}"
+            told = f"last: {figure(last.effect)}, p = {figure(last.p_value)} at level {figure(last.threshold)}"
             drawn.append(plot(name.capitalize(), told, plot_effects(points, story.reigns)))
     last_look = story.looks[-1]
     verdict, words = last_look.verdict.replace("_", " "), "; ".join(last_look.reasons) or "no reasons given"
@@ -149,8 +149,8 @@ def _drift(story: Story, link: Link) -> list[str]:
     reports = [(look, href) for look in reversed(story.looks[-MOST_REPORTS:]) if (href := link(look.report))][:6]
     shown = " · ".join(linked(f"{when(look.time)} ({look.verdict.replace('_', ' ')})", href) for look, href in reports)
     note = (
-        "Effect of each look, by stream; the dashed line is the threshold, large points were called drift, dotted lines"
-        " are new champions."
+        "Effect of each look, by stream; large points were called drift, which needs a p-value below the level too;"
+        " dotted lines are new champions."
     )
     below = f"<p>Reports: {shown}</p>" if shown else ""
     return [f'<div id="monitor">{section("Drift", note, plots(drawn), said, below)}</div>']

@@ -1,4 +1,4 @@
-"""How large was the drift, look by look, and against which threshold? One plot for each stream.
+"""How large was the drift, look by look? One plot for each stream.
 
 A long history is thinned to the largest effect of each place on the axis: an alarm is never thinned away.
 """
@@ -6,13 +6,13 @@ A long history is thinned to the largest effect of each place on the axis: an al
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 
 from components.plots import ACCENT, OTHER, SOFT, make_figure, to_svg
 from components.story import DRIFT, NOT_ENOUGH, PROMOTE, Look, Reign, Stream
 
 MOST_POINTS = 300
+HALF_AN_HOUR_DAYS = 0.5 / 24
 Point = tuple[float, Stream]
 
 
@@ -32,7 +32,7 @@ def points_of(looks: Sequence[Look], name: str) -> list[Point]:
 
 
 def plot_effects(points: Sequence[Point], reigns: Sequence[Reign]) -> str:
-    """Effects with the threshold of each look; dotted lines stand where a new champion came."""
+    """Effects of the looks; dotted lines stand where a new champion came."""
     figure, axes = make_figure(height=2.7)
     times = [_day(time) for time, _ in points]
     effects = [stream.effect or 0.0 for _, stream in points]
@@ -49,7 +49,8 @@ def plot_effects(points: Sequence[Point], reigns: Sequence[Reign]) -> str:
             markerfacecolor=face,
             linestyle="none",
         )
-    _draw_threshold(axes, points)
+    if len(points) == 1:  # else the axis would be of years around it
+        axes.set_xlim(times[0] - HALF_AN_HOUR_DAYS, times[0] + HALF_AN_HOUR_DAYS)
     low, high = axes.get_xlim()
     for reign in reigns:
         if reign.event == PROMOTE and low < _day(reign.since) < high:
@@ -61,12 +62,6 @@ def plot_effects(points: Sequence[Point], reigns: Sequence[Reign]) -> str:
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=UTC))
     axes.xaxis.get_offset_text().set_color(SOFT)
     return to_svg(figure)
-
-
-def _draw_threshold(axes: Axes, points: Sequence[Point]) -> None:
-    known = [(_day(time), stream.threshold) for time, stream in points if stream.threshold is not None]
-    if known:
-        axes.step(*zip(*known, strict=True), where="mid", color=SOFT, linewidth=1.2, linestyle="--")
 
 
 def _kind(stream: Stream) -> str:

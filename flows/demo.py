@@ -8,22 +8,20 @@ loop keeps up (`demo_drift.py`).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from PIL import Image
 
 from cluster.artifacts import open_workspace, read_journal
 from cluster.champion import PROMOTE
 from cluster.registry import CHAMPION
 from cluster.session import local_session
 from components.models import embedded_base
-from components.report import draw_grid
 from components.sources import EMBLEMS_SCHEME, parse_emblems
 from flows import demo_drift, evaluate, generate, prepare, promote, serve, tune
 from flows.config import Config
 from flows.console import program, say, step
+from flows.demo_worlds import draw_pairs
 from flows.models import open_registry
 
 PROMPTS = (
@@ -72,7 +70,9 @@ def run(config: Config, stop: bool = False) -> dict[str, Any]:
             after = generate.run(config, PROMPTS, str(folder / "champion"), generate.Wish(seed=SEED))
             before = generate.run(config, PROMPTS, str(folder / "base"), generate.Wish(seed=SEED), str(embedded_base()))
             grid = folder / "before-after.png"
-            _draw_pairs(before["files"], after["files"], f"version {after['model_version']}").save(grid)
+            draw_pairs(before["files"], after["files"], PROMPTS, ("base", f"version {after['model_version']}")).save(
+                grid
+            )
         if world is not None and promoted["decision"] != "promote":
             say(
                 "the gate did not let the winner through, so there is no champion whose data could drift: no second act"
@@ -113,14 +113,6 @@ def _judged(config: Config, run_id: str) -> dict[str, Any] | None:
         return None
     say(f"run {run_id} was judged at {told[-1]['time']}: {told[-1]['decision']}, nothing to do")
     return {**told[-1], "scorecard": evaluate.run(config, run_id)["scorecard"]}
-
-
-def _draw_pairs(before: Sequence[str], after: Sequence[str], name: str) -> Image.Image:
-    pairs = [
-        [Image.open(path).convert("RGB") for path in (first, second)]
-        for first, second in zip(before, after, strict=True)
-    ]
-    return draw_grid(pairs, PROMPTS, ("base", name))
 
 
 def _farewell(config: Config, found: dict[str, Any], scorecard: dict[str, Any], stopped: bool) -> None:

@@ -16,15 +16,18 @@ from flows import generate, monitor, retrain, timeline
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.demo_client import Client
-from flows.demo_worlds import adherence, captions_of, write_world
+from flows.demo_worlds import adherence, captions_of, draw_pairs, write_world
 
 NEW_WORLD = "village"
 PROMPTS = (
     "a large outlined coral house on a cream background",
     "three small outlined cobalt houses on a glacier background",
-    "a large outlined plum heart in the top left on a cream background",
+    "a large outlined plum diamond in the top left on a cream background",
     "two big outlined pine houses on a glacier background",
+    "a small outlined coral triangle in the bottom right on a glacier background",
+    "two little outlined plum diamonds on a cream background",
 )
+SEED = 7
 ARRIVALS = 0.4
 """Pictures that arrive, as a share of those that the champion was made of."""
 PROBES = 2.5
@@ -49,8 +52,8 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
     EndpointError when a single request of the client failed.
     """
     workspace = open_workspace(config.workspace)
-    folder = workspace.root / "incoming"
-    config = with_overrides(config, {**LOOP, "data.source": str(folder)})
+    incoming = workspace.root / "incoming"
+    config = with_overrides(config, {**LOOP, "data.source": str(incoming)})
     known: dict[str, Any] | None = read_json(workspace.reports / DONE)
     if known is not None:
         say(f"the world drifted before, and version {known['champion']} answered it: nothing to do")
@@ -58,7 +61,7 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
     probes = round(PROBES * config.evaluate.prompts)
     arriving = EmblemSource(NEW_WORLD, round(ARRIVALS * old.count), seed=old.seed + 1)
     with stage("drift", f"{arriving.count} pictures with another shape and other colours arrive; the monitor looks"):
-        write_world(folder, arriving)
+        write_world(incoming, arriving)
         seen = monitor.run(config)
     told = "the loop: grow the data, continue the champion with replay, gate, swap, watch"
     with Client(url, captions_of(old.world, 50)) as client, stage("retrain", told):
@@ -72,7 +75,11 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
             }
             for name, world in (("new", NEW_WORLD), ("old", old.world))
         }
-        drawn = generate.run(config, PROMPTS, str(workspace.root / "pictures" / "village"), generate.Wish(seed=7))
+        folder, wish = workspace.root / "pictures" / "drift", generate.Wish(seed=SEED)
+        former = generate.run(config, PROMPTS, str(folder / "before"), wish, f"models:/{config.name}/{champion}")
+        drawn = generate.run(config, PROMPTS, str(folder / "after"), wish)
+        names = (f"version {champion}", f"version {drawn['model_version']}")
+        draw_pairs(former["files"], drawn["files"], PROMPTS, names).save(folder / "before-after.png")
         story = timeline.run(config)
     found = {
         "verdict": seen["verdict"],
@@ -82,6 +89,7 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
         "client": client.numbers,
         "words": {name: {when: vars(one) for when, one in pair.items()} for name, pair in words.items()},
         "pictures": drawn["files"],
+        "grid": str(folder / "before-after.png"),
         "timeline": story["report"],
     }
     if client.failures:
@@ -116,5 +124,6 @@ def tell(found: dict[str, Any]) -> None:
         f" longest took {client['longest_s']:.1f} s; drawn by version: "
         + ", ".join(f"{count} by {version}" for version, count in client["by_version"].items())
     )
+    say(f"before and after: {found['grid']}")
     say(f"the drift:        {found['monitor_report']}")
     say(f"the timeline:     {found['timeline']}")

@@ -5,6 +5,7 @@ off the pixels (`components/emblem_reader.py`): a picture counts when it shows e
 captions asked for are of another seed than those that were written.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from flows.config import Config
 from flows.models import resolve_model
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from components.metrics import Estimate
 
 ASKED_SEED = 20_000
@@ -62,3 +65,18 @@ def adherence(config: Config, model: str, world: str, count: int) -> "Estimate":
     emblems = [parse_caption(caption) for caption in captions]
     pairs = zip(draw(parts, wishes), emblems, strict=True)
     return proportion_wilson(sum(emblem is not None and shows(picture, emblem) for picture, emblem in pairs), count)
+
+
+def draw_pairs(
+    before: Sequence[str], after: Sequence[str], prompts: Sequence[str], names: tuple[str, str]
+) -> "Image.Image":
+    """Put what two models drew for the same prompts and seeds into one picture; `names` are those of the models."""
+    from PIL import Image
+
+    from components.report import draw_grid
+
+    pairs = [
+        [Image.open(path).convert("RGB") for path in (first, second)]
+        for first, second in zip(before, after, strict=True)
+    ]
+    return draw_grid(pairs, prompts, names)
