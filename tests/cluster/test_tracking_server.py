@@ -58,7 +58,7 @@ def test_versions_aliases_and_journal_on_a_tracking_server(registry: Registry, r
     again = Registry(registry.workspace, registry.tracking_uri)
     champion, previous = again.by_alias(name, CHAMPION), again.by_alias(name, PREVIOUS)
     assert champion is not None and previous is not None and (champion.number, previous.number) == (1, 2)
-    assert [line["champion"] for line in read_journal(registry.workspace)] == [1, 2, 1]
+    assert [line["champion"] for line in read_journal(registry.workspace) if "champion" in line] == [1, 2, 1]
     assert [version.number for version in retire(registry, name, 0)] == [3]
     registry.set_alias(name, CHAMPION, 3)
     assert len(settle(registry, name)) == 1 and settle(registry, name) == []
