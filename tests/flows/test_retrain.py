@@ -270,9 +270,8 @@ def start(config: Config, folder: Path, *options: str) -> "subprocess.Popen[byte
     """Start the command itself, in a session of its own."""
     command = [sys.executable, "-m", "flows", "retrain", "--config", str(write_config(folder, config)), *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(retrain.__file__).parents[1])}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=(folder / "log").open("ab"), start_new_session=True
-    )
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
 
 
 def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[bytes] | None" = None) -> None:
