@@ -51,7 +51,7 @@ test-slow: $(STAMP)  ## run the tests that take minutes: searches on real worker
 	@echo "test-slow: searches and runs that are killed and continued, tracking servers, rehearsals (about 20 minutes)"
 	@$(BIN)/pytest -m slow --durations=15 --durations-min=1
 
-demo: $(STAMP)  ## the whole story on the built-in data: search, measure, gate, serve, draw; KEEP=1 keeps the endpoint
+demo: $(STAMP)  ## the whole story on the built-in data: search, gate, serve, drift, retrain; KEEP=1 keeps the endpoint
 	@$(BIN)/fresco demo $(if $(KEEP),,--stop)
 
 bench-train: $(STAMP)  ## training speed beside a plain loop, and ZeRO memory beside the formula

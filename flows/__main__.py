@@ -22,7 +22,7 @@ from flows.console import explain, keep_stdout_clean, say
 INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 app = typer.Typer(
     name="fresco",
-    help="Keep a text-to-image model fresh: prepare data, fine-tune on Ray, measure, promote, serve.",
+    help="Keep a text-to-image model fresh: fine-tune on Ray, measure, promote, serve, watch for drift, retrain.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -108,7 +108,7 @@ def demo(
     shared: Shared,
     stop: Annotated[bool, typer.Option("--stop", help="End the endpoint at the end; else it goes on.")] = False,
 ) -> None:
-    """Tell the whole story on the built-in data: search for the recipe, measure, gate, serve, draw."""
+    """Tell the whole story on the built-in data: search, gate, serve; then the world drifts, and the loop answers."""
     shared.run("demo", lambda flow, config: flow.run(config, stop=stop))
 
 
