@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import artifacts
+from cluster import artifacts, stage
+from cluster.carry import Carry
 from cluster.errors import StorageError
 from cluster.placement import PlacementSection
 from cluster.session import local_session
@@ -52,7 +53,11 @@ def ensure_encoded(config: Config, dataset: DatasetVersion, base_dir: Path, with
         text=workspace.encoded / encode.text_name(text_fingerprint),
         device="cuda" if config.placement.gpus_per_worker else "cpu",
     )
+    for store in (job.pixels, job.latents, *([job.text] if with_text else [])):
+        stage.fetch_tree(store, without=artifacts.BY_THEMSELVES)
     _encode_missing(config, dataset, job, with_text)
+    for store in (job.latents, job.text):
+        stage.keep_tree(store, without=artifacts.BY_THEMSELVES)
     latents, text = {}, {}
     for split in SPLITS:
         items = dataset.split(split)
@@ -89,7 +94,8 @@ def _encode_missing(config: Config, dataset: DatasetVersion, job: encode.EncodeJ
     pool = ActorPool(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
     progress, done = progress_of("encoded", len(pictures) + len(captions)), 0
     with local_session(placement):
-        for report in map_blocks(blocks, encode.make_encoder, job, pool):
+        carry = Carry.of(fetch=[job.pixels], keep=[job.latents, job.text], whole=[job.base])
+        for report in map_blocks(blocks, encode.make_encoder, job, pool, carry):
             done += report["rows"][0].as_py()
             progress(done)
 
