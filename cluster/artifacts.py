@@ -25,8 +25,8 @@ LOOKS_AT_ONCE = 8
 BY_THEMSELVES = ("checkpoints", "best", "pipeline", "groups", "tune", "tables")
 """Parts of a folder with a record that are kept and fetched on their own, when somebody needs them."""
 NEEDS_TRACKING = (
-    "placement.tracking_uri expected the address of a tracking server with workspace {uri}, found none: a database needs"
-    " a disk; start one (mlflow server --backend-store-uri ...) and set placement.tracking_uri=http://HOST:PORT"
+    "placement.tracking_uri expected the address of a tracking server with workspace {uri}, found none: a database"
+    " needs a disk; start one (mlflow server --backend-store-uri ...) and set placement.tracking_uri=http://HOST:PORT"
 )
 REFUSALS = {
     "NoSuchBucket": "there is no such bucket; create it, or correct the name or AWS_ENDPOINT_URL",
@@ -198,6 +198,8 @@ def disk_message(path: Path, error: OSError) -> str:
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
+    if stage.address_of(path) is not None:
+        content = stage.portable(content, path)
     write_bytes_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
@@ -235,7 +237,7 @@ def append_line(path: Path, event: str, **numbers: Any) -> dict[str, Any]:
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **numbers}
     content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
     if stage.address_of(path) is not None:
-        event_lines.append(path, content)
+        event_lines.append(path, json.dumps(stage.portable(line, path), ensure_ascii=False).encode())
         return line
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)

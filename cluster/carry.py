@@ -27,8 +27,8 @@ class Carry:
     @staticmethod
     def of(fetch: Sequence[Path] = (), keep: Sequence[Path] = (), whole: Sequence[Path] = ()) -> "Carry":
         """Return what to carry of these folders: those of a workspace on S3, or nothing."""
-        parts = [tuple(path for path in some if stage.address_of(path) is not None) for some in (fetch, keep, whole)]
-        return Carry(*parts, environment=storage.aws_environment() if any(parts) else {})
+        environment = storage.aws_environment() if _remote([*fetch, *keep, *whole]) else {}
+        return Carry(_remote(fetch), _remote(keep), _remote(whole), environment)
 
     def before(self) -> None:
         """Have here what the work reads."""
@@ -42,3 +42,7 @@ class Carry:
         """Bring what the work made to S3."""
         for folder in self.keep:
             stage.keep_new(folder, without=("tables",))
+
+
+def _remote(folders: Sequence[Path]) -> tuple[Path, ...]:
+    return tuple(path for path in folders if stage.address_of(path) is not None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
 from cluster.errors import ChampionMovedError, RegistryError, StorageError
 from cluster.lease import hold_lease, read_lease
@@ -153,7 +154,7 @@ def _move(
     confirm()
     registry.set_alias(name, CHAMPION, wanted.number)
     _journal(registry, whole)
-    _intent_path(registry, name).unlink(missing_ok=True)
+    stage.remove(_intent_path(registry, name))
     champion, previous = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
     assert champion is not None
     return Move(champion, previous, changed=True)
@@ -176,7 +177,7 @@ def _settle(registry: Registry, name: str) -> list[str]:
             said.append(
                 f"undone: a move to version {line['champion']} ended half-way; the champion is {number or 'unset'}"
             )
-        path.unlink(missing_ok=True)
+        stage.remove(path)
     if number != _journaled(registry, name):
         reason = "the alias was moved outside of this workspace, or the journal lost its line"
         previous = registry.by_alias(name, PREVIOUS)
@@ -188,7 +189,7 @@ def _settle(registry: Registry, name: str) -> list[str]:
 
 def _unsettled(registry: Registry, name: str) -> bool:
     """Look, without a lock and without writing, whether there is something to repair."""
-    if _intent_path(registry, name).exists():
+    if stage.fetch(_intent_path(registry, name)):
         return True
     champion = registry.by_alias(name, CHAMPION)
     return (champion.number if champion else None) != _journaled(registry, name)

@@ -1,10 +1,8 @@
-"""Where does a workspace on S3 lie on this machine, and how do its files get there and back?
+"""How do the files of a workspace on S3 get to this machine and back?
 
-Such a workspace has a *stage*: a local folder with the same names, of which every path tells its S3 address (the bucket
-and prefix are in the folder's name), so any process that is given a path can fetch and keep it. S3 holds the truth: what
-is written goes there first, what is read is compared with what is there, and the whole stage may be deleted at any
-time. Every function takes a local workspace's paths too, and then does what a disk does. What belongs to a machine and
-not to the workspace (LOCAL) never leaves it.
+Such a workspace has a *stage*: a local folder with the same names (`stage_names`). S3 holds the truth: what is written
+goes there first, what is read is compared with what is there, and a stage may be deleted at any time. Every function
+takes a local workspace's paths too, and then does what a disk does.
 """
 
 import json
@@ -14,65 +12,21 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from cluster import s3, s3_files, storage
-from cluster.errors import PlacementError
-from cluster.redaction import redacted
+from cluster.stage_names import SEEN, split
+from cluster.stage_names import address_of as address_of  # so that one module is enough for those who use a stage
+from cluster.stage_names import here as here
+from cluster.stage_names import portable as portable
+from cluster.stage_names import root_address as root_address
+from cluster.stage_names import root_of as root_of
+from cluster.stage_names import uri_of as uri_of
+from cluster.stage_names import use_folder as use_folder
 
-FOLDER = "fresco-stage"
-ROOT_PREFIX = "s3@"
-NAME_LIMIT_BYTES = 240
-"""Of a folder's name; disks allow 255."""
-SEEN = ".seen"
-"""Folder of the stage that remembers which version of an object a local file is."""
-LOCAL = frozenset({"serving", "pictures", "mlartifacts", "ray"})
-"""Folders that are this machine's: logs and files of a running endpoint, and Ray's own."""
 GROWS = ".jsonl"
 LINES = ".lines"
 """How the folders of `event_lines` end."""
 AT_ONCE = 8
-_folder = Path.home() / ".cache" / "fresco"
-
-
-def use_folder(folder: str | Path) -> None:
-    """Keep stages below this folder from now on, in this process."""
-    global _folder
-    _folder = Path(folder).expanduser()
-
-
-def root_of(uri: str) -> Path:
-    """Return the stage of s3://bucket/prefix; PlacementError for a prefix too long for a folder's name."""
-    bucket, _, prefix = uri.removeprefix(storage.S3_SCHEME).strip("/").partition("/")
-    name = ROOT_PREFIX + _spelled(bucket) + (f"+{_spelled(prefix)}" if prefix else "")
-    if not bucket or ".." in prefix.split("/") or "//" in prefix or len(name) > NAME_LIMIT_BYTES:
-        raise PlacementError(
-            f"workspace expected as s3://BUCKET/PREFIX with a prefix of at most {NAME_LIMIT_BYTES - 70} plain letters,"
-            f" found {redacted(uri)!r}; choose another prefix"
-        )
-    with s3.worded("open", uri):
-        # Buckets of different servers may share a name.
-        server = s3.client().meta.endpoint_url.partition("://")[2]
-    return _folder.resolve() / FOLDER / _spelled(server).replace("+", "=2F") / name
-
-
-def uri_of(root: Path) -> str:
-    """Return the address of a workspace by its root: s3://bucket/prefix for a stage, else the path."""
-    return root_address(root) or str(root)
-
-
-def address_of(path: Path) -> str | None:
-    """Return the S3 address of a path below a stage; None for a path of a local workspace, and for what is LOCAL."""
-    found = _split(path)
-    if found is None or (found[1] and LOCAL & set(found[1])) or found[1][:1] == (SEEN,):
-        return None
-    return storage.join(_address(found[0]), *found[1])
-
-
-def root_address(path: Path) -> str | None:
-    """Return the S3 address of the workspace whose stage a path is or lies in; None for a local workspace."""
-    found = _split(path)
-    return None if found is None else _address(found[0])
 
 
 def write(path: Path, content: bytes) -> None:
@@ -187,6 +141,20 @@ def changed_at(path: Path) -> float | None:
     return None if found is None else float(found["LastModified"].timestamp())
 
 
+def paths(folder: Path) -> list[Path]:
+    """Return every file below a folder, wherever they lie now."""
+    return sorted(_below(folder, ()) if address_of(folder) is None else _listed(folder))
+
+
+def size_bytes(folder: Path) -> int | None:
+    """Return the size of a folder's files, wherever they lie now; None when there is no such folder."""
+    address = address_of(folder)
+    if address is not None:
+        sizes = [entry.size_bytes for entry in storage.iter_files(f"{address}/")]
+        return sum(sizes) if sizes else None
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else None
+
+
 def _download(path: Path) -> bool:
     bucket, key = _place(path)
     etag = s3_files.download(bucket, key, path)
@@ -215,37 +183,12 @@ def _listed(folder: Path, without: Collection[str] = ()) -> dict[Path, str]:
 
 
 def _below(folder: Path, without: Collection[str]) -> Iterator[Path]:
+    remote = address_of(folder) is not None
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if not hidden and parts[0] not in without and address_of(path) is not None and path.is_file():
+        left_out = parts[0] in without or any(part.startswith(".") for part in parts)
+        if not left_out and path.is_file() and not (remote and address_of(path) is None):
             yield path
-
-
-def _split(path: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """Return the stage that a path is in, and the path's parts inside."""
-    parts = path.parts
-    for place, part in enumerate(parts[:-2]):
-        if part == FOLDER and parts[place + 2].startswith(ROOT_PREFIX):
-            return Path(*parts[: place + 3]), parts[place + 3 :]
-    return None
-
-
-def _address(root: Path) -> str:
-    return storage.S3_SCHEME + unquote(root.name.removeprefix(ROOT_PREFIX).replace("+", "/").replace("=", "%"))
-
-
-def _spelled(text: str) -> str:
-    """Write a text with letters that no file system minds: "/" as "+", others as =XX."""
-    plain = [
-        letter
-        if letter.isascii() and (letter.isalnum() or letter in "-_.")
-        else "+"
-        if letter == "/"
-        else "".join(f"={byte:02X}" for byte in letter.encode())
-        for letter in text
-    ]
-    return "".join(plain)
 
 
 def _place(path: Path) -> tuple[str, str]:
@@ -254,7 +197,7 @@ def _place(path: Path) -> tuple[str, str]:
 
 
 def _seen(path: Path) -> Path:
-    found = _split(path)
+    found = split(path)
     assert found is not None
     return found[0] / SEEN / Path(*found[1])
 

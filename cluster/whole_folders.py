@@ -5,11 +5,14 @@ list says is fetched, into a folder beside, which is renamed when every file agr
 another list, so an old copy is never taken for the new one.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,27 @@ def fetch_whole(folder: Path) -> bool:
     if _is_here(folder, content, listed):
         return True
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder):
+        if not _is_here(folder, content, listed):
+            _replace(folder, content, listed)
+    return True
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder everywhere, its list first: a half-removed one is no folder."""
+    stage.remove(_list(folder))
+    stage.remove_tree(folder)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let the workers of one machine wait for the first of them; the system frees the lock of one that dies."""
+    with folder.with_name(f".{folder.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(folder: Path, content: bytes, listed: dict[str, Any]) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         with ThreadPoolExecutor(stage.AT_ONCE, thread_name_prefix="fetch") as pool:
@@ -57,13 +81,6 @@ def fetch_whole(folder: Path) -> bool:
         _note(folder).write_bytes(content)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return True
-
-
-def remove_whole(folder: Path) -> None:
-    """Remove a folder everywhere, its list first: a half-removed one is no folder."""
-    stage.remove(_list(folder))
-    stage.remove_tree(folder)
 
 
 def _is_here(folder: Path, content: bytes, listed: dict[str, Any]) -> bool:

@@ -82,7 +82,7 @@ class Shared:
     ] = None
     set: Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. train.steps=600. Repeatable.")] = None
     workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Folder for everything Fresco writes. [FRESCO_WORKSPACE]")
+        str | None, typer.Option("--workspace", help="Folder or s3://bucket/prefix for everything. [FRESCO_WORKSPACE]")
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and the steps; touch nothing.")
@@ -91,9 +91,12 @@ class Shared:
 
     def run(self, module: str, call: Callable[[Any, Any], dict[str, Any]]) -> None:
         """Import `flows.<module>`, make `call(module, config)` or tell its plan, print the JSON object if asked for."""
+        from cluster import stage_names
         from flows.config import load_config, with_overrides
 
         uri = self.workspace or os.environ.get("FRESCO_WORKSPACE")
+        if os.environ.get("FRESCO_STAGE"):
+            stage_names.use_folder(os.environ["FRESCO_STAGE"])
         config = load_config(self.config, self.preset, self.set, uri)
         collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
         if module == "serve" and collector and not config.serve.otlp_endpoint:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
+from cluster.artifacts import NEEDS_TRACKING
 from cluster.placement import PlacementSection, ServeSection
 from cluster.redaction import redacted
 from components.errors import InputError
@@ -27,7 +28,7 @@ AFTER_A_RUN = ("serve", "monitor", "retrain")
 
 class Config(Section):
     workspace: str = "./fresco-workspace"
-    """Folder that holds everything Fresco writes."""
+    """Folder, or s3://bucket/prefix, that holds everything Fresco writes. On S3 it needs placement.tracking_uri."""
     name: str = "fresco"
     """Name of the dataset, the runs and the registered model."""
     data: DataSection = DataSection()
@@ -40,6 +41,12 @@ class Config(Section):
     monitor: MonitorSection = MonitorSection()
     retrain: RetrainSection = RetrainSection()
     placement: PlacementSection = PlacementSection()
+
+    @model_validator(mode="after")
+    def _tracked(self) -> "Config":
+        if self.workspace.startswith("s3://") and not self.placement.tracking_uri:
+            raise ValueError(NEEDS_TRACKING.format(uri=redacted(self.workspace)))
+        return self
 
 
 def load_config(
@@ -161,5 +168,5 @@ def _explain(error: ValidationError) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             found = "" if isinstance(problem["input"], dict) else f" (found {redacted(repr(problem['input']))})"
-            lines.append(f"config {path}: {message}{found}")
+            lines.append(f"config {path}: {message}{found}" if path else message)
     return "\n".join(lines)

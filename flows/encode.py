@@ -61,17 +61,35 @@ def ensure_encoded(config: Config, dataset: DatasetVersion, base_dir: Path, with
     latents, text = {}, {}
     for split in SPLITS:
         items = dataset.split(split)
-        keys, captions = [item.sha256 for item in items], [item.caption for item in items]
-        latents[split] = job.latents / "tables" / encode.table_name(split, keys)
-        with _disk_errors(latents[split]):
-            encode.pack_latents_table(ShardStore(job.latents), keys, latents[split])
+        latents[split] = job.latents / "tables" / encode.table_name(split, [item.sha256 for item in items])
         if with_text:
-            text[split] = job.text / "tables" / encode.table_name(split, captions)
-            with _disk_errors(text[split]):
-                encode.pack_text_table(ShardStore(job.text), captions, text[split])
+            text[split] = job.text / "tables" / encode.table_name(split, [item.caption for item in items])
+    paths = EncodedPaths(latents, text, job.pixels)
+    pack_tables(dataset, paths)
     if with_text:
         _note_truncated(dataset, ShardStore(job.text), text_fingerprint)
-    return EncodedPaths(latents, text, job.pixels)
+    return paths
+
+
+def pack_tables(dataset: DatasetVersion, paths: EncodedPaths) -> None:
+    """Pack the tables that are not on this machine, from the stores beside them."""
+    for split in SPLITS:
+        items = dataset.split(split)
+        path = paths.latents[split]
+        with _disk_errors(path):
+            encode.pack_latents_table(_store_of(path), [item.sha256 for item in items], path)
+        if split in paths.text:
+            path = paths.text[split]
+            with _disk_errors(path):
+                encode.pack_text_table(_store_of(path), [item.caption for item in items], path)
+
+
+def _store_of(table: Path) -> ShardStore:
+    """Return the store that a packed table is made of, with its shards where the table is still to be made."""
+    store = ShardStore(table.parents[1])
+    if not table.is_dir():
+        stage.fetch_tree(store.directory, without=artifacts.BY_THEMSELVES)
+    return store
 
 
 def _encode_missing(config: Config, dataset: DatasetVersion, job: encode.EncodeJob, with_text: bool) -> None:

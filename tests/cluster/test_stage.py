@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import event_lines, stage, storage, whole_folders
+from cluster import event_lines, stage, stage_names, storage, whole_folders
 from cluster.artifacts import (
     Workspace,
     append_journal,
@@ -36,7 +36,7 @@ class Machines:
         self.uri, self._folder, self._monkeypatch = uri, folder, monkeypatch
 
     def be(self, name: str) -> Workspace:
-        self._monkeypatch.setattr(stage, "_folder", self._folder / name)
+        self._monkeypatch.setattr(stage_names, "_folder", self._folder / name)
         return open_workspace(self.uri)
 
 
@@ -44,7 +44,7 @@ class Machines:
 def test_a_path_of_a_stage_tells_its_address(
     prefix: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "_folder", tmp_path)
+    monkeypatch.setattr(stage_names, "_folder", tmp_path)
     workspace = open_workspace(bucket + prefix)
     assert workspace.uri == bucket + prefix
     assert stage.address_of(workspace.run_dir("r") / "record.json") == f"{bucket}{prefix}/runs/r/record.json"
@@ -165,7 +165,7 @@ def test_a_wrong_clock_is_named(machines: Machines, s3_network: Network) -> None
 def test_a_bucket_that_is_not_there_and_credentials_that_are_refused_are_named(
     bucket: str, s3_network: Network, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stage, "_folder", tmp_path)
+    monkeypatch.setattr(stage_names, "_folder", tmp_path)
     with pytest.raises(PlacementError, match=r"found 's3://no-such-bucket/x': there is no such bucket"):
         open_workspace("s3://no-such-bucket/x")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -1,0 +1,169 @@
+"""A workspace on S3 with a tracking server: what one machine began another goes on with, promotes, serves and undoes.
+
+A machine is a stage folder of its own; workers of the shared Ray session know no AWS_* variables but those carried.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster import stage, stage_names, storage
+from cluster.artifacts import open_workspace, read_journal, read_record
+from cluster.errors import StorageError
+from cluster.workers import read_lines
+from components.errors import InputError
+from flows import evaluate, generate, history, prepare, promote, rollback, serve, status, train
+from flows.config import Config, load_config
+from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, TRUNCATE, Network, Rule
+from tests.servers import free_port, mlflow_server
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    with mlflow_server(folder, f"sqlite:///{folder / 'mlflow.db'}", port):
+        yield f"http://127.0.0.1:{port}"
+
+
+def config_of(base: Path, workspace: str, tracking_uri: str, *overrides: str) -> Config:
+    return load_config(
+        overrides=[
+            f"model.base={base}",
+            "name=story",
+            "data.source=emblems://base?count=60&seed=3",
+            "data.resolution_px=16",
+            "data.test_fraction=0.2",
+            "train.steps=12",
+            "train.global_batch=4",
+            "train.freezing=denoiser",
+            "train.eval_every_steps=6",
+            "evaluate.prompts=4",
+            "evaluate.sampling_steps=2",
+            "evaluate.bootstrap=100",
+            "placement.workers=1",
+            "placement.engine=torch",
+            "placement.checkpoint_every_steps=4",
+            f"placement.tracking_uri={tracking_uri}",
+            "serve.default_steps=2",
+            "serve.follow_s=0.5",
+            *overrides,
+        ],
+        workspace=workspace,
+    )
+
+
+class Machines:
+    """Stages of one workspace; `be` makes this process the machine of that name."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder, self._monkeypatch = folder, monkeypatch
+
+    def be(self, name: str) -> Path:
+        self._monkeypatch.setattr(stage_names, "_folder", self._folder / name)
+        self._monkeypatch.setenv("FRESCO_STAGE", str(self._folder / name))
+        return self._folder / name
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    return Machines(tmp_path / "machines", monkeypatch)
+
+
+def weights_of(pipeline: Path) -> dict[str, Any]:
+    return {str(path.relative_to(pipeline)): load_file(path) for path in sorted(pipeline.rglob("*.safetensors"))}
+
+
+def test_a_workspace_on_s3_without_a_tracking_server_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^placement\.tracking_uri expected .*mlflow server"):
+        load_config(workspace="s3://bucket/prefix")
+
+
+@pytest.mark.slow  # training, an endpoint, and a tracking server
+def test_verbs_go_on_where_another_machine_stopped(
+    bucket: str,
+    s3_network: Network,
+    tracking_uri: str,
+    ray_session: None,
+    tiny_base: Path,
+    machines: Machines,
+    tmp_path: Path,
+) -> None:
+    config = config_of(tiny_base, f"{bucket}/team", tracking_uri)
+    here = config_of(tiny_base, str(tmp_path / "local"), tracking_uri, "name=alone")
+
+    # One machine prepares, trains, and is stopped in the middle of its second checkpoint.
+    machines.be("one")
+    s3_network.plan(Rule(SLOW_DOWN, 6, chance=0.1), Rule(LOST_ANSWER, 6, "PUT", 0.1), Rule(TRUNCATE, 6, "GET", 0.1))
+    prepared = prepare.run(config)
+    s3_network.plan(Rule(RESET, 1000, "PUT .*step-00000008/"))
+    with pytest.raises(StorageError, match="step-00000008"):
+        train.run(config)
+    s3_network.plan()
+    workspace = open_workspace(config.workspace)
+    run_id = next(path.name for path in stage.folders(workspace.runs))
+    assert read_record(workspace.run_dir(run_id)) is None
+
+    # Another goes on from the first checkpoint; the result is that of a run that nothing happened to.
+    machines.be("two")
+    trained = train.run(config)
+    assert trained["run_id"] == run_id and trained["steps"] == 12
+    directory = open_workspace(config.workspace).run_dir(run_id)
+    log = read_lines(directory / "metrics.jsonl")
+    assert [line["resumed"] for line in log if "pids" in line] == [False, True]
+    assert [line["step"] for line in log if "eval/loss" in line] == [0, 6, 12]
+    alone = train.run(here)
+    assert {key: trained[key] for key in trained if key.startswith("eval")} == {
+        key: alone[key] for key in alone if key.startswith("eval")
+    }
+    same, other = weights_of(directory / "pipeline"), weights_of(Path(alone["checkpoint"]))
+    assert all(torch.equal(same[file][name], other[file][name]) for file in other for name in other[file])
+
+    # It promotes, and its disk is lost.
+    assert evaluate.run(config, run_id)["dataset"] == prepared["dataset"]
+    promoted = promote.run(config, run_id)
+    assert (promoted["decision"], promoted["champion"]) == ("promote", 1)
+    shutil.rmtree(machines.be("two"))
+
+    # A third knows everything: it finds the run complete, draws, serves, promotes and rolls back.
+    machines.be("three")
+    again = train.run(config)
+    assert again["run_id"] == run_id and again["checkpoint"] == f"{config.workspace}/runs/{run_id}/pipeline"
+    known = status.run(config)
+    assert known["champion"]["run_id"] == run_id
+    assert [line["champion"] for line in history.run(config)["history"]] == [1]
+    wish = generate.Wish(seed=5, steps=2)
+    local = generate.run(config, ["a red circle"], str(tmp_path / "local-pictures"), wish, model="models:/story@champion")
+    served = serve.run(config, detach=True)
+    try:
+        machines.be("four")
+        remote = generate.run(config, ["a red circle"], str(tmp_path / "pictures"), wish)
+        assert remote["model_version"] == served["model_version"] == 1
+        assert Path(remote["files"][0]).read_bytes() and Path(local["files"][0]).read_bytes()
+        machines.be("three")
+        second = promote.run(config, str(tiny_base), force=True)
+        assert second["champion"] == 2 and second["previous"] == 1
+    finally:
+        machines.be("three")
+        assert serve.run(config, stop=True)["stopped"]
+    machines.be("five")
+    assert rollback.run(config)["champion"] == 1
+    events = [line["event"] for line in read_journal(open_workspace(config.workspace))]
+    assert events == ["dataset", "promote", "promote", "rollback"]
+    _no_secrets_and_no_local_paths(config, tmp_path)
+
+
+def _no_secrets_and_no_local_paths(config: Config, tmp_path: Path) -> None:
+    """Nothing in the bucket holds a credential, or a path that means nothing on another machine."""
+    for entry in storage.list_files(config.workspace):
+        if entry.uri.endswith((".json", ".jsonl")):
+            text = storage.read_bytes(entry.uri).decode()
+            assert "AWS_SECRET" not in text and str(tmp_path / "machines") not in text, entry.uri
+            for line in text.splitlines() if entry.uri.endswith(".jsonl") else [text]:
+                json.loads(line)
