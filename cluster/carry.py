@@ -46,3 +46,6 @@ class Carry:
 
 def _remote(folders: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(path for path in folders if stage.address_of(path) is not None)
+
+
+NOTHING = Carry()

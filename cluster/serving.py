@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.carry import NOTHING, Carry
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_loading import Follow
@@ -50,6 +51,8 @@ class ModelSource:
     """Folder for pictures handed out by address and for what is captured; all replicas share it."""
     follow: Follow | None = None
     """Where to look for the model that should serve; None serves the first one for ever."""
+    carry: Carry = NOTHING
+    """What a replica on any machine needs for a workspace on S3."""
 
 
 class ImagesReplica:
@@ -63,6 +66,7 @@ class ImagesReplica:
 
         from cluster.drawing_routes import Desk
 
+        source.carry.before()
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
         context = serve.get_replica_context()
         names = (context.replica_id.unique_id, context.app_name)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.carry import Carry
+from cluster.carry import NOTHING, Carry
 from cluster.errors import PlacementError, StorageError, WorkerError
 
 ACTOR_WAIT_LIMIT_S = 300
@@ -24,7 +24,6 @@ RESTARTS = 3
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 RAY_DATA_ADDS = re.compile(r"(\n|\\n)Failed to apply UDF transform")  # advice on its settings, put after our message
 
-NOTHING = Carry()
 Work = Callable[[pa.Table], pa.Table]
 
 

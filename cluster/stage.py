@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,17 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def files(folder: Path, suffix: str = "") -> list[Path]:
-    """Return the files of a folder (not those below its folders) by name, wherever they lie now."""
-    if address_of(folder) is None:
-        found = [path for path in folder.glob(f"[!.]*{suffix}") if path.is_file()]
+def files(folder: Path, suffix: str = "") -> dict[Path, int]:
+    """Return the files of a folder (not those below its folders) with their sizes, by name, wherever they lie now."""
+    address, sizes = address_of(folder), {}
+    if address is not None:
+        for entry in storage.iter_files(f"{address}/"):
+            sizes[folder / entry.uri.removeprefix(f"{address}/")] = entry.size_bytes
     else:
-        found = [path for path in _listed(folder) if path.parent == folder and path.name.endswith(suffix)]
-    return sorted(found)
+        for path in folder.glob("[!.]*"):
+            with suppress(FileNotFoundError):  # removed since its folder was listed
+                sizes |= {path: path.stat().st_size} if path.is_file() else {}
+    return {path: sizes[path] for path in sorted(sizes) if path.parent == folder and path.name.endswith(suffix)}
 
 
 def folders(folder: Path) -> list[Path]:

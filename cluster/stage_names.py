@@ -19,8 +19,8 @@ NAME_LIMIT_BYTES = 240
 """Of a folder's name; disks allow 255."""
 SEEN = ".seen"
 """Folder of the stage that remembers which version of an object a local file is."""
-LOCAL = frozenset({"serving", "pictures", "mlartifacts", "ray"})
-"""Folders that are this machine's: logs and files of a running endpoint, and Ray's own."""
+LOCAL = frozenset({"serving", "pictures", "mlartifacts", "ray", "provenance.pem"})
+"""What is this machine's: logs and files of a running endpoint, Ray's own, and the private key that signs pictures."""
 _folder = Path.home() / ".cache" / "fresco"
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import flows
 from cluster import stage
 from cluster.artifacts import Workspace, finished, open_workspace, read_json, write_json_atomic
+from cluster.carry import Carry
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.registry import CHAMPION, Registry, Version
@@ -118,7 +119,8 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
         say(f"starting Ray and loading the model (ready within {READY_LIMIT_S:.0f} s)")
         follower = Follower(config, workspace, model)
-        source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
+        carry = Carry.of(keep=[workspace.captured])
+        source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow, carry)
         with endpoint(source, config.serve, config.placement) as url:
             listen()
             _say_ready(follower.write_record(url, os.getpid(), model.version))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import open_workspace
 from components.errors import InputError
 from components.provenance import verify
@@ -26,6 +27,7 @@ def run(config: Config, file: str, key: str | None = None) -> dict[str, Any]:
     path = Path(file).expanduser()
     content = _read(path)
     folder = open_workspace(config.workspace).keys
+    stage.fetch_tree(folder)
     keys = read_public_key(Path(key).expanduser()) if key else read_public_keys(folder)
     try:
         verdict = verify(content, keys)

@@ -139,7 +139,9 @@ def test_verbs_go_on_where_another_machine_stopped(
     assert known["champion"]["run_id"] == run_id
     assert [line["champion"] for line in history.run(config)["history"]] == [1]
     wish = generate.Wish(seed=5, steps=2)
-    local = generate.run(config, ["a red circle"], str(tmp_path / "local-pictures"), wish, model="models:/story@champion")
+    local = generate.run(
+        config, ["a red circle"], str(tmp_path / "local-pictures"), wish, model="models:/story@champion"
+    )
     served = serve.run(config, detach=True)
     try:
         machines.be("four")
