@@ -9,7 +9,6 @@ import pytest
 
 from cluster import event_lines, stage, stage_names, storage, whole_folders
 from cluster.artifacts import (
-    Workspace,
     append_journal,
     finished,
     open_workspace,
@@ -22,22 +21,7 @@ from cluster.artifacts import (
 )
 from cluster.errors import PlacementError, StorageError
 from tests.faults import FLIP, LOST_ANSWER, RESET, SHORTEN, SLOW_DOWN, TRUNCATE, WRONG_CLOCK, Network, Rule
-
-
-@pytest.fixture
-def machines(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Machines":
-    return Machines(f"{bucket}/team/fresco", tmp_path, monkeypatch)
-
-
-class Machines:
-    """The same workspace as two machines have it: each with a stage of its own."""
-
-    def __init__(self, uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.uri, self._folder, self._monkeypatch = uri, folder, monkeypatch
-
-    def be(self, name: str) -> Workspace:
-        self._monkeypatch.setattr(stage_names, "_folder", self._folder / name)
-        return open_workspace(self.uri)
+from tests.machines import Machines
 
 
 @pytest.mark.parametrize("prefix", ["", "/a", "/a/b-c_d.e", "/with space", "/a+b=c/é@x"])

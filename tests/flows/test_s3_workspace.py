@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster import stage, stage_names, storage
+from cluster import stage, storage
 from cluster.artifacts import open_workspace, read_journal, read_record
 from cluster.errors import StorageError
 from cluster.workers import read_lines
@@ -21,6 +21,7 @@ from components.errors import InputError
 from flows import evaluate, generate, history, prepare, promote, rollback, serve, status, train
 from flows.config import Config, load_config
 from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, TRUNCATE, Network, Rule
+from tests.machines import Machines
 from tests.servers import free_port, mlflow_server
 
 
@@ -59,23 +60,6 @@ def config_of(base: Path, workspace: str, tracking_uri: str, *overrides: str) ->
     )
 
 
-class Machines:
-    """Stages of one workspace; `be` makes this process the machine of that name."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._folder, self._monkeypatch = folder, monkeypatch
-
-    def be(self, name: str) -> Path:
-        self._monkeypatch.setattr(stage_names, "_folder", self._folder / name)
-        self._monkeypatch.setenv("FRESCO_STAGE", str(self._folder / name))
-        return self._folder / name
-
-
-@pytest.fixture
-def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
-    return Machines(tmp_path / "machines", monkeypatch)
-
-
 def weights_of(pipeline: Path) -> dict[str, Any]:
     return {str(path.relative_to(pipeline)): load_file(path) for path in sorted(pipeline.rglob("*.safetensors"))}
 
@@ -87,7 +71,6 @@ def test_a_workspace_on_s3_without_a_tracking_server_is_refused_with_what_to_do(
 
 @pytest.mark.slow  # training, an endpoint, and a tracking server
 def test_verbs_go_on_where_another_machine_stopped(
-    bucket: str,
     s3_network: Network,
     tracking_uri: str,
     ray_session: None,
@@ -95,7 +78,7 @@ def test_verbs_go_on_where_another_machine_stopped(
     machines: Machines,
     tmp_path: Path,
 ) -> None:
-    config = config_of(tiny_base, f"{bucket}/team", tracking_uri)
+    config = config_of(tiny_base, machines.uri, tracking_uri)
     here = config_of(tiny_base, str(tmp_path / "local"), tracking_uri, "name=alone")
 
     # One machine prepares, trains, and is stopped in the middle of its second checkpoint.
@@ -106,7 +89,7 @@ def test_verbs_go_on_where_another_machine_stopped(
     with pytest.raises(StorageError, match="step-00000008"):
         train.run(config)
     s3_network.plan()
-    workspace = open_workspace(config.workspace)
+    workspace = machines.be("one")
     run_id = next(path.name for path in stage.folders(workspace.runs))
     assert read_record(workspace.run_dir(run_id)) is None
 
@@ -129,7 +112,7 @@ def test_verbs_go_on_where_another_machine_stopped(
     assert evaluate.run(config, run_id)["dataset"] == prepared["dataset"]
     promoted = promote.run(config, run_id)
     assert (promoted["decision"], promoted["champion"]) == ("promote", 1)
-    shutil.rmtree(machines.be("two"))
+    shutil.rmtree(machines.be("two").root)
 
     # A third knows everything: it finds the run complete, draws, serves, promotes and rolls back.
     machines.be("three")
