@@ -136,10 +136,10 @@ def _check_bucket(uri: str) -> None:
     """Look into the bucket; PlacementError when it is not there or refuses us: nothing was touched then."""
     from botocore.exceptions import ClientError, NoCredentialsError
 
-    bucket = uri.removeprefix(storage.S3_SCHEME).partition("/")[0]
+    bucket, _, prefix = uri.removeprefix(storage.S3_SCHEME).partition("/")
     with s3.worded("open", uri):
         try:
-            s3.client().list_objects_v2(Bucket=bucket, MaxKeys=1)
+            s3.client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
             return
         except NoCredentialsError:
             reason = "no credentials of the usual AWS chain (AWS_ACCESS_KEY_ID, a profile, a role)"

@@ -20,6 +20,8 @@ from cluster import s3, s3_files, stage, storage
 from cluster.errors import StorageError
 
 WHOLE = ".whole.json"
+FOR_PEOPLE = (".md", ".png")
+"""A model's card is written when its folder is whole already, and again later: it is a file by itself."""
 
 
 def keep_whole(folder: Path) -> None:
@@ -131,7 +133,8 @@ def _parsed(folder: Path, content: bytes) -> dict[str, Any]:
 
 
 def _names(folder: Path) -> list[str]:
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in FOR_PEOPLE)
+    found = (path.relative_to(folder) for path in files)
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 

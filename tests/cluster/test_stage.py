@@ -247,6 +247,18 @@ def test_a_replaced_folder_replaces_the_copy_and_a_damaged_copy_is_fetched_again
     assert (second / "unet" / "weights.safetensors").read_bytes() == b"new"
 
 
+def test_a_card_that_is_written_again_leaves_the_model_whole(machines: Machines) -> None:
+    first = machines.be("first").run_dir("r") / "pipeline"
+    whole_folders.keep_whole(a_model(first, b"weights"))
+    for text in (b"version 1", b"version 1, promoted again"):
+        write_bytes_atomic(first / "README.md", text)
+        whole_folders.keep_whole(first)
+    write_bytes_atomic(first / "README.md", b"rolled back to")
+    second = machines.be("second").run_dir("r") / "pipeline"
+    assert whole_folders.fetch_whole(second) and stage.fetch(second / "README.md")
+    assert (second / "README.md").read_bytes() == b"rolled back to"
+
+
 def test_a_folder_whose_list_disagrees_is_refused(machines: Machines) -> None:
     first = machines.be("first").run_dir("r") / "pipeline"
     whole_folders.keep_whole(a_model(first, b"promoted"))

@@ -24,6 +24,8 @@ from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, TRUNCATE, Network, Rule
 from tests.machines import Machines
 from tests.servers import free_port, mlflow_server
 
+SECRET = "not-to-be-seen-5f1e0c9a"
+
 
 @pytest.fixture(scope="module")
 def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -77,9 +79,12 @@ def test_verbs_go_on_where_another_machine_stopped(
     tiny_base: Path,
     machines: Machines,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_of(tiny_base, machines.uri, tracking_uri)
     here = config_of(tiny_base, str(tmp_path / "local"), tracking_uri, "name=alone")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
 
     # One machine prepares, trains, and is stopped in the middle of its second checkpoint.
     machines.be("one")
@@ -149,6 +154,6 @@ def _no_secrets_and_no_local_paths(config: Config, tmp_path: Path) -> None:
     for entry in storage.list_files(config.workspace):
         if entry.uri.endswith((".json", ".jsonl")):
             text = storage.read_bytes(entry.uri).decode()
-            assert "AWS_SECRET" not in text and str(tmp_path / "machines") not in text, entry.uri
+            assert SECRET not in text and str(tmp_path / "machines") not in text, entry.uri
             for line in text.splitlines() if entry.uri.endswith(".jsonl") else [text]:
                 json.loads(line)
