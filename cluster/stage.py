@@ -8,7 +8,7 @@ takes a local workspace's paths too, and then does what a disk does.
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -115,7 +115,8 @@ def remove_tree(folder: Path) -> None:
 
 def files(folder: Path, suffix: str = "") -> dict[Path, int]:
     """Return the files of a folder (not those below its folders) with their sizes, by name, wherever they lie now."""
-    address, sizes = address_of(folder), {}
+    address = address_of(folder)
+    sizes: dict[Path, int] = {}
     if address is not None:
         for entry in storage.iter_files(f"{address}/"):
             sizes[folder / entry.uri.removeprefix(f"{address}/")] = entry.size_bytes
@@ -168,10 +169,10 @@ def _download(path: Path) -> bool:
     return etag is not None
 
 
-def _each(work: object, paths: Collection[Path]) -> None:
+def _each(work: Callable[[Path], object], paths: Collection[Path]) -> None:
     if paths:
         with ThreadPoolExecutor(min(AT_ONCE, len(paths)), thread_name_prefix="stage") as pool:
-            list(pool.map(work, paths))  # type: ignore[arg-type]
+            list(pool.map(work, paths))
 
 
 def _listed(folder: Path, without: Collection[str] = ()) -> dict[Path, str]:
