@@ -117,16 +117,17 @@ def open_workspace(uri: str) -> Workspace:
         workspace.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlacementError(f"workspace expected to be a writable folder, found {uri!r}: {error}") from error
-    if storage.is_s3(uri) and uri not in _answered:
-        _check_bucket(uri)
-        _answered.add(uri)
     return workspace
 
 
 def workspace_at(uri: str) -> Workspace:
-    """Return the workspace at `uri` without making or asking anything; PlacementError for other schemes."""
+    """Return the workspace at `uri` as `open_workspace` does, without making anything."""
     if storage.is_s3(uri):
-        return Workspace(stage.root_of(uri))
+        root = stage.root_of(uri)
+        if uri not in _answered:
+            _check_bucket(uri)
+            _answered.add(uri)
+        return Workspace(root)
     if "://" in uri:
         raise PlacementError(f"workspace expected to be a folder or s3://BUCKET/PREFIX, found {redacted(uri)!r}")
     return Workspace(Path(uri).expanduser().resolve())
