@@ -21,6 +21,7 @@ from cluster.stage_names import here as here
 from cluster.stage_names import portable as portable
 from cluster.stage_names import root_address as root_address
 from cluster.stage_names import root_of as root_of
+from cluster.stage_names import shared as shared
 from cluster.stage_names import uri_of as uri_of
 from cluster.stage_names import use_folder as use_folder
 

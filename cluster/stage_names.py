@@ -64,6 +64,12 @@ def root_address(path: Path) -> str | None:
     return None if found is None else _address(found[0])
 
 
+def shared(place: str | Path) -> str:
+    """Return where a lease or a fenced file is: never in a stage, which other machines do not see."""
+    text = str(place)
+    return text if storage.is_s3(text) else address_of(Path(text)) or text
+
+
 def portable(content: Any, inside: Path) -> Any:
     """Return JSON content as another machine can read it: paths in the stage that `inside` is in become addresses."""
     found = split(inside)

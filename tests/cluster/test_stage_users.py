@@ -18,6 +18,8 @@ from cluster.capture import SCHEMA, read_captured, remove_oldest
 from cluster.champion import PROMOTE, move_champion, roll_back, settle
 from cluster.checkpoints import CheckpointReader, CheckpointWriter, newest_complete, read_state
 from cluster.errors import RegistryError, StorageError
+from cluster.fencing import peek_fenced, write_fenced
+from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 from tests.faults import RESET, Network, Rule
 from tests.machines import Machines
@@ -148,6 +150,17 @@ def test_a_move_that_was_cut_off_is_finished_by_another_machine(
     assert len(said) == 1 and said[0].startswith("repaired: the move to version 1")
     assert [line["champion"] for line in read_journal(other)] == [1]
     assert read_json(other.root / "locks" / "aliases-fresco.intent.json") is None
+
+
+def test_a_lease_and_a_fenced_file_are_one_for_all_machines_however_they_are_named(machines: Machines) -> None:
+    one, two = machines.be("one"), machines.be("two")
+    with hold_lease(one.root / "retrain" / "lease", "one") as confirm:
+        held = read_lease(two.place("retrain", "lease"))
+        assert held is not None and held.owner == "one" and read_lease(two.root / "retrain" / "lease") == held
+        write_fenced(str(one.root / "retrain" / "state.json"), {"cycle": 1}, confirm().token)
+    assert peek_fenced(two.place("retrain", "state.json")) == {"cycle": 1}
+    assert peek_fenced(str(two.root / "retrain" / "state.json")) == {"cycle": 1}
+    assert not (one.root / "retrain").exists()
 
 
 def test_a_version_whose_files_are_gone_from_the_bucket_is_named(machines: Machines, tmp_path: Path) -> None:
