@@ -48,7 +48,8 @@ class CheckpointWriter:
             place = parameter_at.setdefault(key.partition("|")[0], len(parameter_at))
             if place % self.world_size == self.rank:
                 share[key] = value.detach().cpu().clone()
-        self._pending = self._pool.submit(self._write, step, share, state)
+        # As text now: the loop goes on changing what it gave us, and may be steps ahead when it is written.
+        self._pending = self._pool.submit(self._write, step, share, json.dumps(state).encode())
 
     def wait(self) -> None:
         """Block until the write in flight is on disk; re-raise its error."""
@@ -60,13 +61,13 @@ class CheckpointWriter:
         self.wait()
         self._pool.shutdown()
 
-    def _write(self, step: int, share: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _write(self, step: int, share: dict[str, Tensor], state: bytes) -> None:
         folder = self.directory / f"step-{step:08d}"
         log = self.directory.with_name("metrics.jsonl")
         if self.rank == 0 and log.exists():
             stage.keep(log)  # whoever continues from here on another machine has the lines before it
         write_bytes_atomic(folder / f"rank-{self.rank}-of-{self.world_size}.safetensors", save(share))
-        write_bytes_atomic(folder / f"state-{self.rank}.json", json.dumps(state).encode())
+        write_bytes_atomic(folder / f"state-{self.rank}.json", state)
         if self.rank == 0:
             self._prune()
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster import checkpoints
+from cluster.artifacts import write_bytes_atomic
 from cluster.checkpoints import CheckpointReader, CheckpointWriter, newest_complete, read_state, tensors_of
 from cluster.errors import StorageError
 
@@ -48,6 +51,24 @@ def test_checkpoint_of_any_number_of_workers_is_read_back_whole(tmp_path: Path, 
         for kind in KINDS:
             assert torch.equal(reader.get(f"{name}|{kind}"), value(name, kind, 7))
     assert "denoiser.a|master" in reader and "denoiser.a|ema" not in reader
+
+
+def test_state_is_what_it_was_when_the_tensors_were_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop_went_on = threading.Event()
+
+    def write_late(path: Path, content: bytes) -> None:
+        assert loop_went_on.wait(30)
+        write_bytes_atomic(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_bytes_atomic", write_late)
+    writer = CheckpointWriter(tmp_path, 0, 1, keep=1)
+    state = {"step": 4}
+    writer.save(4, all_tensors(4), state)
+    state["step"] = 6
+    loop_went_on.set()
+    writer.close()
+    newest = newest_complete(tmp_path)
+    assert newest is not None and read_state(newest) == {"step": 4}
 
 
 def test_ranks_share_the_parameters_and_keep_all_kinds_of_one_together(tmp_path: Path) -> None:
@@ -140,8 +161,11 @@ def _limit_file_size() -> None:
 
 WRITE_LARGE = """
 import sys
+import threading
 from pathlib import Path
 import torch
+from cluster import checkpoints
+from cluster.artifacts import write_bytes_atomic
 from cluster.checkpoints import CheckpointWriter
 from cluster.errors import StorageError
 writer = CheckpointWriter(Path(sys.argv[1]), 0, 1, keep=1)
