@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
 from cluster.canary import Trial, hold_trial, read_trial, trial_lives, write_trial
 from cluster.errors import ChallengerBusyError, ChampionMovedError, RegistryError, StorageError
@@ -206,7 +207,7 @@ def _move(
     if _is_tried(registry, wanted):
         registry.set_alias(name, CHALLENGER, None)
     _journal(registry, whole)
-    _intent_path(registry, name).unlink(missing_ok=True)
+    stage.remove(_intent_path(registry, name))
     champion, previous = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
     assert champion is not None
     return Move(champion, previous, changed=True)
@@ -229,7 +230,7 @@ def _settle(registry: Registry, name: str) -> list[str]:
             said.append(
                 f"undone: a move to version {line['champion']} ended half-way; the champion is {number or 'unset'}"
             )
-        path.unlink(missing_ok=True)
+        stage.remove(path)
     trial = read_trial(registry, name)
     if trial is not None and not trial_lives(registry, name):
         _end_trial(registry, name)
@@ -248,7 +249,7 @@ def _settle(registry: Registry, name: str) -> list[str]:
 
 def _unsettled(registry: Registry, name: str) -> bool:
     """Look, without a lock and without writing, whether there is something to repair."""
-    if _intent_path(registry, name).exists():
+    if stage.fetch(_intent_path(registry, name)):
         return True
     champion = registry.by_alias(name, CHAMPION)
     if champion is not None and _is_tried(registry, champion):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.carry import NOTHING, Carry
 from cluster.companion import Companion
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_bridge import PainterBridge
@@ -57,6 +58,8 @@ class ModelSource:
     """Folder for pictures handed out by address and for what is captured; all replicas share it."""
     follow: Follow | None = None
     """Where to look for the model that should serve; None serves the first one for ever."""
+    carry: Carry = NOTHING
+    """What a replica on any machine needs for a workspace on S3."""
 
 
 class ImagesReplica:
@@ -70,6 +73,7 @@ class ImagesReplica:
 
         from cluster.drawing_routes import Desk
 
+        source.carry.before()
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
         context = serve.get_replica_context()
         names = (context.replica_id.unique_id, context.app_name)

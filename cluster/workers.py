@@ -24,7 +24,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from cluster import stage
 from cluster.artifacts import disk_message, read_json, write_json_atomic
+from cluster.carry import Carry
 from cluster.errors import StorageError, WorkerError
 from cluster.placement import PlacementSection
 
@@ -57,7 +59,10 @@ def report(metrics: dict[str, float]) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A module-level function by name, what it is told, and the folder of what it makes."""
+    """A module-level function by name, what it is told, and the folder of what it makes.
+
+    A job that reads a workspace on S3 has `fetch_inputs()`: a worker may be on another machine than the driver.
+    """
 
     function: str
     job: Any
@@ -68,6 +73,8 @@ class Task:
         return Task(f"{function.__module__}:{function.__qualname__}", job, directory)
 
     def run(self) -> None:
+        if hasattr(self.job, "fetch_inputs"):
+            self.job.fetch_inputs()
         module, _, name = self.function.partition(":")
         getattr(importlib.import_module(module), name)(self.job)
 
@@ -103,7 +110,7 @@ class OneTask:
         return self.task.directory / "failure.json"
 
     def take(self) -> Task | None:
-        if self.taken or self.failure.exists():
+        if self.taken or stage.fetch(self.failure):
             return None
         self.taken = True
         return self.task
@@ -127,7 +134,7 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
     WorkerError when the restarts are used up.
     """
     feed = OneTask(Task.of(worker, job, directory))
-    feed.failure.unlink(missing_ok=True)
+    stage.remove(feed.failure)
     error = fit(feed, placement, directory, placement.max_failures)
     failure = read_json(feed.failure)
     if failure is not None:
@@ -153,7 +160,7 @@ def fit(feed: Feed, placement: PlacementSection, directory: Path, max_failures: 
         resources["GPU"] = placement.gpus_per_worker
     trainer = TorchTrainer(
         _serve,
-        train_loop_config={"feed": feed},
+        train_loop_config={"feed": feed, "carry": Carry.of(keep=[directory])},
         torch_config=TorchConfig(backend="nccl" if placement.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
@@ -177,6 +184,7 @@ def _serve(config: dict[str, Any]) -> None:
     """What every worker of a group does: one task after the other."""
     global _feed
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    config["carry"].before()
     feed: Feed = config["feed"]
     _feed = feed
     while (task := feed.take()) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster import storage
+from cluster import stage, storage
 from cluster.artifacts import Workspace, write_bytes_atomic
 from cluster.registry import Version
 from components import examine
@@ -47,7 +47,7 @@ def measure_decay(
     model = resolve_model(config, champion.uri)
     with tempfile.TemporaryDirectory(prefix="fresco-decay-") as folder:
         known = _path(workspace, model, [one.sha256 for one in arrived])
-        if not known.exists():
+        if not stage.fetch(known):
             too_dear = _too_dear(model)
             if too_dear:
                 return Decay(skipped=too_dear)
@@ -66,7 +66,7 @@ def measure_decay(
             _keep(known, model, items, Path(folder))
         arrivals_N = np.load(known, allow_pickle=False).mean(axis=1)
     own = _path(workspace, model, [item.sha256 for item in tests])
-    if not own.exists():
+    if not stage.fetch(own):
         _keep(own, model, tests, pixel_store(config, workspace).directory)
     return compare(np.load(own, allow_pickle=False).mean(axis=1), arrivals_N)
 

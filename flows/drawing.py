@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic, write_record
+from cluster.carry import Carry
 from cluster.placement import PlacementSection
 from cluster.session import local_session
 from cluster.shards import ActorPool, map_blocks
@@ -117,7 +118,7 @@ def _draw_blocks(placement: PlacementSection, blocks: list[pa.Table], model: Pat
     job = DrawJob(model.resolve(), folder, "cuda" if placement.gpus_per_worker else "cpu")
     pool = ActorPool(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
     with local_session(placement):
-        for report in map_blocks(blocks, make_drawer, job, pool):
+        for report in map_blocks(blocks, make_drawer, job, pool, Carry.of(keep=[folder], whole=[job.model])):
             done += sum(report["rows"].to_pylist())
             progress(done)
 

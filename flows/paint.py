@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.api_errors import ApiError, later, once
 from cluster.artifacts import open_workspace
 from cluster.painter_contract import Job, MakeEvent, PaintEvent, Receiver
@@ -22,7 +23,7 @@ from components.errors import DeadlineError, InputError, QueueFullError
 from components.retouch import ENLARGES, RETOUCHES
 from components.safety import Safety, open_safety
 from components.sampler import PictureRequest
-from components.signing_key import Signer, open_signer
+from components.signing_key import PUBLIC_SUFFIX, Signer, open_signer
 from components.start_pictures import make_start
 from flows.config import Config
 from flows.finish import Finisher
@@ -246,6 +247,8 @@ def make_painter(
     """
     judges = open_safety(**safety)
     signer = open_signer(Path(keys))
+    for public in Path(keys).glob(f"*{PUBLIC_SUFFIX}"):
+        stage.keep(public)
     lineup = Lineup(model, EngineLimits(**limits), VersionSettings(**(versions or {})))
     return EnginePainter(lineup, judges, signer, LateEncoder(clip))
 

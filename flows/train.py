@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import telemetry, workers
+from cluster import stage, telemetry, workers
 from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_json_atomic, write_record
 from cluster.checkpoints import CheckpointWriter
 from cluster.engine import MASTER
@@ -175,9 +175,9 @@ def plan(config: Config) -> list[str]:
     if base.is_dir():
         trained, frozen = _count(config.train, load_parts(base, only={"denoiser", "text_encoder"}))
         bf16 = config.train.precision == "bf16"
-        stage = choose_stage(config.placement, trained, frozen, bf16, workers.host_memory_bytes())
+        zero_stage = choose_stage(config.placement, trained, frozen, bf16, workers.host_memory_bytes())
         lines += [f"plan {config.train.freezing}: {trained:,} parameters train, {frozen:,} are frozen"]
-        lines += memory_table(trained, frozen, config.placement.workers, bf16, stage)
+        lines += memory_table(trained, frozen, config.placement.workers, bf16, zero_stage)
     else:
         lines.append(f"model.base {str(base)!r} is not here: no memory estimate")
     if config.train.replay_of:
@@ -212,7 +212,7 @@ def train_worker(job: Job) -> None:
     names = [name for name, _ in trainable(model)]
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    engine, stage = engine_of(job.config, model, (trained, frozen), here)
+    engine, zero_stage = engine_of(job.config, model, (trained, frozen), here)
     ema = Ema(engine.masters, train.ema_decay, train.average_with_base)
 
     # Data, the newest checkpoint, logs.
@@ -233,11 +233,11 @@ def train_worker(job: Job) -> None:
                 "step": progress.step,
                 "pids": pids,
                 "device": str(here.device),
-                "stage": stage,
+                "stage": zero_stage,
                 "trained": trained,
                 "frozen": frozen,
                 "resumed": bool(progress.step),
-                "memory": memory_table(trained, frozen, here.world_size, train.precision == "bf16", stage),
+                "memory": memory_table(trained, frozen, here.world_size, train.precision == "bf16", zero_stage),
             }
         )
 
@@ -251,7 +251,7 @@ def train_worker(job: Job) -> None:
                 progress.judge(seen[telemetry.EVAL_LOSS])
                 over = last or (train.patience > 0 and progress.bad_evals >= train.patience)
                 go_on = workers.report({STEP: float(progress.step), OVER: float(over), **seen})
-                drawn = over or not (go_on and job.pictures_at_end and watch.first_pictures.exists())
+                drawn = over or not (go_on and job.pictures_at_end and stage.fetch(watch.first_pictures))
                 if drawn:
                     watch.draw(progress.step, engine.forward)
             if train.patience and progress.best_step == progress.step:
@@ -288,4 +288,4 @@ def train_worker(job: Job) -> None:
     use_best = bool(train.patience) and progress.best_step != progress.step
     weights.export(job.base, train.freezing, use_best, here.rank)
     if here.rank == 0:
-        write_json_atomic(job.directory / "outcome.json", progress.outcome(stage, use_best))
+        write_json_atomic(job.directory / "outcome.json", progress.outcome(zero_stage, use_best))
