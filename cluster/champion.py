@@ -22,9 +22,10 @@ from cluster.errors import ChallengerBusyError, ChampionMovedError, RegistryErro
 from cluster.judging import judged_now
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_RETIRED, TAG_SINCE, Registry, Version
+from cluster.reigns import FOUND, PROMOTE, ROLLBACK, is_move
 
 Notify = Callable[[str], None]
-PROMOTE, ROLLBACK, FOUND, RETIRE, CHALLENGE = "promote", "rollback", "champion_found", "retire", "challenger"
+RETIRE, CHALLENGE = "retire", "challenger"
 NO_CHAMPION = 0
 """As `expected`: the move was decided when there was no champion."""
 SETTLE_WAIT_S = 2.0
@@ -64,8 +65,13 @@ def move_champion(
         return _move(registry, wanted, old, {"event": PROMOTE, "decision": "promote", **(line or {})}, confirm)
 
 
-def roll_back(registry: Registry, name: str, line: Mapping[str, Any], notify: Notify | None = None) -> Move:
-    """Make `previous` the champion again, and the champion `previous`: a second roll-back undoes the first."""
+def roll_back(
+    registry: Registry, name: str, line: Mapping[str, Any], notify: Notify | None = None, expected: int | None = None
+) -> Move:
+    """Make `previous` the champion again, and the champion `previous`: a second roll-back undoes the first.
+
+    ChampionMovedError where the champion is not the `expected` version.
+    """
     with _aliases(registry, name, "rollback", notify) as confirm:
         old, wanted = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
         if old is None or wanted is None:
@@ -73,6 +79,11 @@ def roll_back(registry: Registry, name: str, line: Mapping[str, Any], notify: No
             raise RegistryError(
                 f"rollback expected a previous champion of {name} in {registry.uri}, found {have}; promote a version"
                 f" with: fresco promote models:/{name}/NUMBER"
+            )
+        if expected not in (None, old.number):
+            raise ChampionMovedError(
+                f"rollback expected version {expected} to be the champion of {name}, found {old.number}: it was moved"
+                " meanwhile; nothing was changed"
             )
         registry.directory_of(wanted)  # a version whose files are gone must not become what serves
         return _move(registry, wanted, old, {"event": ROLLBACK, **line}, confirm)
@@ -161,15 +172,6 @@ def retire(registry: Registry, name: str, keep: int, also: Sequence[int] = ()) -
             if not version.tags.get(TAG_RETIRED):
                 registry.tag(version, {TAG_RETIRED: now()})
         return retired
-
-
-def reigns(journal: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return the journal's alias moves of a model, oldest first, each with `since` and, once it ended, `until`."""
-    moves = [dict(line) for line in journal if _is_move(line, name)]
-    for line, following in zip(moves, [*moves[1:], {}], strict=False):  # of no moves, one too many
-        line.setdefault("since", line["time"])
-        line["until"] = following.get("since", following.get("time"))
-    return moves
 
 
 def now() -> str:
@@ -283,13 +285,8 @@ def _is_tried(registry: Registry, version: Version) -> bool:
 
 def _journaled(registry: Registry, name: str) -> int | None:
     """The champion by the journal's last move."""
-    moves = [line for line in read_journal(registry.workspace) if _is_move(line, name)]
+    moves = [line for line in read_journal(registry.workspace) if is_move(line, name)]
     return moves[-1]["champion"] if moves else None
-
-
-def _is_move(line: Mapping[str, Any], name: str) -> bool:
-    moved = line["event"] in (ROLLBACK, FOUND) or (line["event"] == PROMOTE and "move" in line)
-    return moved and line.get("name") == name
 
 
 def _journal(registry: Registry, line: Mapping[str, Any]) -> None:

@@ -37,7 +37,6 @@ from flows.swap import WARM_UP, Lineup, Loaded, VersionSettings, can_draw, warm_
 FACTORY = "flows.paint:make_painter"
 WARM_UP_LIMIT_S = 120.0
 CANCELLED_STATUS = 499
-LEAST_DEADLINE_S = 0.001
 """What the engine is told of a deadline that has passed: it refuses it."""
 
 
@@ -254,9 +253,7 @@ def make_painter(
 
 
 def _request(job: Job, start: StartPicture | None) -> DrawRequest:
-    order, left_s = job.order, None
-    if order.deadline_s is not None:  # the engine counts from now
-        left_s = max(LEAST_DEADLINE_S, job.arrived + order.deadline_s - time.monotonic())
+    order = job.order
     return DrawRequest(
         job.request_id,
         tuple(PictureRequest(**row) for row in order.rows),
@@ -264,7 +261,8 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         start=start,
         key=job.key,
         priority=order.weight,
-        deadline_s=left_s,
+        deadline_s=order.deadline_s,
+        waited_s=time.monotonic() - job.arrived,
         partial_images=order.partial_images if order.stream else 0,
         progress=job.timed,
     )

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster import stage
 from cluster.artifacts import Workspace, open_workspace, read_journal, write_bytes_atomic, write_json_atomic
-from cluster.champion import reigns
+from cluster.reigns import reigns
 from components.report import Card
 from components.story import Story
 from components.timeline import tell

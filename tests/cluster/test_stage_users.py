@@ -15,12 +15,13 @@ from torch import Tensor
 from cluster import stage, telemetry, whole_folders
 from cluster.artifacts import read_journal, read_json
 from cluster.capture import SCHEMA, read_captured, remove_oldest
-from cluster.champion import PROMOTE, move_champion, roll_back, settle
+from cluster.champion import move_champion, roll_back, settle
 from cluster.checkpoints import CheckpointReader, CheckpointWriter, newest_complete, read_state
 from cluster.errors import RegistryError, StorageError
 from cluster.fencing import peek_fenced, write_fenced
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
+from cluster.reigns import PROMOTE
 from tests.faults import RESET, Network, Rule
 from tests.machines import Machines
 
