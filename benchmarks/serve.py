@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import serve_tables
 from benchmarks.serve_endpoint import register_copies, replicas, resident_bytes, served
 from benchmarks.serve_peers import GENERATIONS_ROUTE, Pipeline, Wanted, served_peers
 from benchmarks.serve_requests import (
@@ -40,16 +41,7 @@ from benchmarks.serve_requests import (
     rows_of,
 )
 from benchmarks.serve_requests import slope_per_1000 as slope
-from benchmarks.serve_tables import (
-    CAPACITY_SHARE,
-    FRESCO,
-    GROUPED,
-    MemoryCourse,
-    Results,
-    Saturation,
-    show,
-    show_memory,
-)
+from benchmarks.serve_tables import CAPACITY_SHARE, FRESCO, GROUPED, MemoryCourse, Results, Saturation
 from cluster.placement import PlacementSection, ServeSection
 from cluster.session import local_session
 from cluster.signals import ended_by_signals
@@ -123,7 +115,7 @@ def main() -> int:
     began = time.monotonic()
     if asked.only_memory:
         with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, fresco_served(Path(folder)) as fresco:
-            show_memory(watch_memory(fresco, replace(size, memory_warm_up=size.memory_every)), every=4)
+            serve_tables.show_memory(watch_memory(fresco, replace(size, memory_warm_up=size.memory_every)), every=4)
         return 0
     with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, ExitStack() as beside:
         # Within the peers: a Ray that was told to end together with this process may take it along.
@@ -141,7 +133,7 @@ def main() -> int:
             idle = idle_cost(fresco, size)
             memory = watch_memory(fresco, size)
     results = Results(differences, drawn, presets, CAPACITY_SHARE * capacity, latencies, idle, memory)
-    met = show(results)
+    met = serve_tables.show(results)
     print(f"\n{time.monotonic() - began:.0f} s in all, load average {os.getloadavg()[2]:.1f} over the last 15 minutes")
     return 0 if met else 1
 
