@@ -4,6 +4,8 @@
 #   VENV        where the environment lives
 #   KEEP        with demo: leave the endpoint and its page running
 #   KILLS       with chaos: how often the loop is killed
+#   PICTURES    with bench-drift: a folder of captioned pictures
+#   QUICK       with bench-replay: only try that it runs
 #   PIP_FLAGS   more options for pip, such as another package index
 
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)

@@ -273,7 +273,7 @@ def timeline(shared: Shared) -> None:
 
 @verb
 def status(shared: Shared) -> None:
-    """Say what serves, why and since when."""
+    """Say what serves, why and since when, what the loop does, and the last decisions."""
     shared.run("status", lambda flow, config: flow.run(config))
 
 
