@@ -59,6 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fresco-chaos-") as folder, ExitStack() as servers:
         root = Path(folder)
+        os.environ["FRESCO_STAGE"] = str(root / "stage")  # before anything of `cluster` is imported
         bucket = servers.enter_context(a_bucket()) if options.s3 else ""
         calm, killed = (make_run(root, bucket, name, servers) for name in ("calm", "killed"))
         print(f"workspaces in {bucket or root}; one cycle in peace, to know how long it takes", flush=True)
@@ -198,18 +199,21 @@ class watched_lease:  # noqa: N801, reads as a statement
 
     def look(self) -> None:
         from cluster import storage
+        from cluster.errors import StorageError
 
         place = storage.join(self.run.workspace, "retrain", "lease.epochs")
         while not self.ended.wait(LOOK_S):
-            for entry in storage.iter_files(place):
-                try:
+            try:
+                for entry in storage.iter_files(place):
                     lease = json.loads(storage.read_bytes(entry.uri))
-                except (FileNotFoundError, ValueError):
-                    continue
-                self.run.holders.setdefault(lease["token"], set()).add((lease["pid"], lease["nonce"]))
+                    self.run.holders.setdefault(lease["token"], set()).add((lease["pid"], lease["nonce"]))
+            except (FileNotFoundError, ValueError, StorageError):
+                continue  # taken away or away at the moment: looked at again
 
 
 def two_holders(run: Run) -> list[str]:
+    if not run.holders:
+        return ["nobody was ever seen to hold the lease"]
     several = {token: holders for token, holders in run.holders.items() if len(holders) > 1}
     return [f"token {token} of the lease was held by {sorted(holders)}" for token, holders in several.items()]
 

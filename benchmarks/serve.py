@@ -71,8 +71,8 @@ class Size:
     idle_pairs: int = 60
     memory_requests: int = 8000
     memory_warm_up: int = 3000
-    """Left out: Fresco keeps the text states of 1,024 prompts, and until then memory grows on purpose. After 2,560
-    requests the first 512 captured pictures are written, for which Arrow takes its buffers once."""
+    """Left out: Fresco keeps the text states of 1,024 prompts, and until then memory grows on purpose; the pools of the
+    allocators fill until about the 2,500th request (`--only-memory` shows it)."""
     memory_every: int = 125
     memory_clients: int = 8
 

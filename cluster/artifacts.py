@@ -224,8 +224,13 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """Return the record of a complete directory, None for a missing or unfinished one; its files are here then."""
     record: dict[str, Any] | None = read_json(directory / RECORD)
     if record is not None:
-        stage.fetch_tree(directory, without=(RECORD, *BY_THEMSELVES))
+        fetch_parts(directory)
     return record
+
+
+def fetch_parts(directory: Path) -> None:
+    """Have the files of a folder with a record here, but for those that are fetched on their own."""
+    stage.fetch_tree(directory, without=(RECORD, *BY_THEMSELVES))
 
 
 def append_journal(workspace: Workspace, event: str, **numbers: Any) -> dict[str, Any]:
@@ -238,8 +243,9 @@ def append_line(path: Path, event: str, **numbers: Any) -> dict[str, Any]:
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **numbers}
     content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
     if stage.address_of(path) is not None:
-        event_lines.append(path, json.dumps(stage.portable(line, path), ensure_ascii=False).encode())
-        return line
+        portable: dict[str, Any] = stage.portable(line, path)
+        event_lines.append(path, json.dumps(portable, ensure_ascii=False).encode())
+        return portable
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -207,7 +207,7 @@ def bytes_of(served: Served) -> int:
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:
     """Remove shards, oldest first, until the folder holds at most `max_bytes` of them; the newest always stays."""
-    sizes = stage.files(folder, SUFFIX)
+    sizes = {path: size for path, size in stage.files(folder, SUFFIX).items() if path.name[:1].isdigit()}
     total = sum(sizes.values())
     for shard in list(sizes)[:-1]:
         if total <= max_bytes:
@@ -226,6 +226,8 @@ def iter_captured(folder: Path, since_s: float, columns: Sequence[str]) -> Itera
     """Yield the same rows shard by shard, of them `columns` alone: all shards together may be large."""
     stage.fetch_tree(folder)
     for shard in stage.files(folder, SUFFIX):
+        if not shard.name[:1].isdigit():
+            continue
         try:
             yield pq.read_table(shard, schema=SCHEMA, columns=list(columns), filters=[("time_s", ">=", since_s)])
         except FileNotFoundError:

@@ -74,16 +74,17 @@ def roll_back(
     """
     with _aliases(registry, name, "rollback", notify) as confirm:
         old, wanted = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
+        found = old.number if old else NO_CHAMPION
+        if expected not in (None, found):
+            raise ChampionMovedError(
+                f"rollback expected version {expected} to be the champion of {name}, found {found or 'none'}: it was"
+                " moved meanwhile; nothing was changed"
+            )
         if old is None or wanted is None:
             have = f"champion {old.number} without a previous one" if old else "no champion"
             raise RegistryError(
                 f"rollback expected a previous champion of {name} in {registry.uri}, found {have}; promote a version"
                 f" with: fresco promote models:/{name}/NUMBER"
-            )
-        if expected not in (None, old.number):
-            raise ChampionMovedError(
-                f"rollback expected version {expected} to be the champion of {name}, found {old.number}: it was moved"
-                " meanwhile; nothing was changed"
             )
         registry.directory_of(wanted)  # a version whose files are gone must not become what serves
         return _move(registry, wanted, old, {"event": ROLLBACK, **line}, confirm)

@@ -48,8 +48,8 @@ def describe(bucket: str, key: str) -> dict[str, Any] | None:
         raise
 
 
-def download(bucket: str, key: str, path: Path) -> str | None:
-    """Put the object on the disk, whole and as it was uploaded, replacing what is there; return its ETag.
+def download(bucket: str, key: str, path: Path) -> tuple[str, os.stat_result] | None:
+    """Put the object on the disk, whole and as it was uploaded, replacing what is there; return its ETag and facts.
 
     None, and nothing changed, when there is no such object. OSError when what comes is not what was uploaded.
     """
@@ -66,8 +66,9 @@ def download(bucket: str, key: str, path: Path) -> str | None:
                 os.fsync(file.fileno())
             if digest == expected:
                 Path(temporary).chmod(0o644)
+                facts = Path(temporary).stat()  # of this file, whoever replaces it a moment later
                 os.replace(temporary, path)
-                return etag
+                return etag, facts
         except s3.client().exceptions.ClientError as error:
             # Replaced or removed between two requests: looked at again.
             if error.response["Error"]["Code"] not in (*s3.CONDITION_FAILED, *s3.NOT_THERE):

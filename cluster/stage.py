@@ -35,8 +35,8 @@ def write(path: Path, content: bytes) -> None:
     bucket, key = _place(path)
     with s3.worded("write", str(address_of(path))):
         etag = s3_files.upload(bucket, key, content)
-    storage.write_bytes_atomic(str(path), content)
-    _remember(path, etag)
+    # By its facts of before the rename: another process may have replaced it since.
+    _remember(path, etag, storage.write_local(path, content))
 
 
 def keep(path: Path) -> None:
@@ -55,8 +55,8 @@ def keep_tree(folder: Path, without: Collection[str] = ()) -> None:
     if address_of(folder) is None or not folder.is_dir():
         return
     there = _listed(folder, without)
-    files = [path for path in _below(folder, without) if path not in there or not _is_seen(path, there[path])]
-    _each(keep_anew, files)
+    # What is as it was when it was kept or fetched is never newer than what S3 has.
+    _each(keep_anew, [path for path in _below(folder, without) if path not in there or not _is_seen(path)])
 
 
 def keep_new(folder: Path, without: Collection[str] = ()) -> None:
@@ -82,18 +82,26 @@ def fetch(path: Path) -> bool:
     with s3.worded("fetch", str(address_of(path))):
         found = s3_files.describe(bucket, key)
         if found is None:
+            if path.suffix != GROWS and _is_seen(path):
+                _forget(path)
             return False
         return _is_current(path, s3.tag_of(found)) or _download(path)
 
 
 def fetch_tree(folder: Path, without: Collection[str] = ()) -> None:
-    """Have every file of a folder here as S3 has it, but for hidden ones and the parts named in `without`."""
+    """Have every file of a folder here as S3 has it, but for hidden ones and the parts named in `without`.
+
+    What was fetched or kept once and is not there any more goes here too; what never was on S3 stays.
+    """
     if address_of(folder) is None:
         return
     there = _listed(folder, without)
     wanted = [path for path, etag in there.items() if not _is_current(path, etag)]
     with s3.worded("fetch", str(address_of(folder))):
         _each(_download, wanted)
+    for path in _below(folder, without) if folder.is_dir() else ():
+        if path not in there and path.suffix != GROWS and _is_seen(path):
+            _forget_if_gone(path)
 
 
 def remove(path: Path) -> None:
@@ -163,10 +171,10 @@ def size_bytes(folder: Path) -> int | None:
 
 def _download(path: Path) -> bool:
     bucket, key = _place(path)
-    etag = s3_files.download(bucket, key, path)
-    if etag is not None:
-        _remember(path, etag)
-    return etag is not None
+    found = s3_files.download(bucket, key, path)
+    if found is not None:
+        _remember(path, *found)
+    return found is not None
 
 
 def _each(work: Callable[[Path], object], paths: Collection[Path]) -> None:
@@ -212,6 +220,19 @@ def _remember(path: Path, etag: str, facts: os.stat_result | None = None) -> Non
     facts = facts or path.stat()
     known = {"etag": etag, "size": facts.st_size, "changed_ns": facts.st_mtime_ns}
     storage.write_bytes_atomic(str(_seen(path)), json.dumps(known).encode())
+
+
+def _forget_if_gone(path: Path) -> None:
+    """Forget a file that a listing lacked; another process here may have brought it to S3 since."""
+    with s3.worded("fetch", str(address_of(path))):
+        if s3_files.describe(*_place(path)) is None:
+            _forget(path)
+
+
+def _forget(path: Path) -> None:
+    """Remove a file of the stage that S3 has no more."""
+    _seen(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _is_current(path: Path, etag: str) -> bool:

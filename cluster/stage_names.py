@@ -20,7 +20,8 @@ NAME_LIMIT_BYTES = 240
 """Of a folder's name; disks allow 255."""
 SEEN = ".seen"
 """Folder of the stage that remembers which version of an object a local file is."""
-LOCAL = frozenset({"serving", "pictures", "mlartifacts", "ray", "provenance.pem"})
+LOCAL = frozenset({"serving", "pictures", "mlartifacts"})
+RAYS, PRIVATE_KEY = "ray", "provenance.pem"
 """What is this machine's: logs and files of a running endpoint, Ray's own, and the private key that signs pictures."""
 _folder = Path(os.environ.get("FRESCO_STAGE") or "~/.cache/fresco")
 
@@ -48,7 +49,7 @@ def uri_of(root: Path) -> str:
 def address_of(path: Path) -> str | None:
     """Return the S3 address of a path below a stage; None for a path of a local workspace, and for what is LOCAL."""
     found = split(path)
-    if found is None or (found[1] and LOCAL & set(found[1])) or found[1][:1] == (SEEN,):
+    if found is None or _is_local(found[1]):
         return None
     return storage.join(_address(found[0]), *found[1])
 
@@ -94,6 +95,12 @@ def split(path: Path) -> tuple[Path, tuple[str, ...]] | None:
         if part == FOLDER and parts[place + 2].startswith(ROOT_PREFIX):
             return Path(*parts[: place + 3]), parts[place + 3 :]
     return None
+
+
+def _is_local(parts: tuple[str, ...]) -> bool:
+    """Whether what lies there in a stage stays on this machine; models may be called as these folders are."""
+    of_ray = parts[:1] in (("runs",), ("searches",)) and RAYS in parts[2:]
+    return bool(parts) and (parts[0] in (SEEN, *LOCAL) or parts[-1] == PRIVATE_KEY or of_ray)
 
 
 def _address(root: Path) -> str:

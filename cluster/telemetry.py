@@ -96,6 +96,7 @@ def send_again(directory: Path, tracking_uri: str, mlflow_run_id: str) -> None:
     log = RunLog(directory, tracking_uri, mlflow_run_id, sys.maxsize)
     for line in read_lines(log.path):
         log.mirror(line)
+    stage.fetch_tree(directory / "samples")
     for path in sorted((directory / "samples").glob("step-*.png")):
         log.picture(path)
     log.flush()

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,7 +124,8 @@ class OneTask:
 
     def failed(self, task: Task, error: Exception) -> bool:
         if hasattr(type(error), "exit_code"):
-            write_json_atomic(self.failure, named(error))
+            with suppress(StorageError):  # the storage may be what failed: Ray tells of it then
+                write_json_atomic(self.failure, named(error))
         return False
 
 
@@ -142,6 +144,9 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
     if error is not None and is_disk_full(error):
         # So full that not even the reason could be written.
         raise StorageError(disk_message(directory, OSError(errno.ENOSPC, "no space left on device"))) from error
+    if error is not None and f"{StorageError.__module__}.{StorageError.__qualname__}" in str(error):
+        # So far away that the reason could not be written there: to be told from a worker that cannot do its work.
+        raise StorageError(f"{directory}: {str(error).strip()[-2000:]}") from error
     if error is not None:
         raise WorkerError(
             f"the worker group failed more than placement.max_failures={placement.max_failures} times; the last error"

@@ -121,8 +121,8 @@ def _end(desk: Desk) -> dict[str, Any]:
         desk.ledger.confirm()
         try:
             rollback.run(desk.config, f"{desk.cycle.id}: {why}", expected=version)
-        except ChampionMovedError as error:
-            return _finish(desk, PROMOTED, [f"{why}; {error}"], again=False)
+        except ChampionMovedError:
+            pass  # by hand, a moment ago: it serves no more all the same
         except RegistryError as error:
             return _finish(desk, FAILED, [f"{why}; it stays, there is nothing to go back to: {error}"], again=False)
     return _finish(desk, ROLLED_BACK, [why], again=False)

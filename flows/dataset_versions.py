@@ -24,7 +24,7 @@ from flows.config import Config
 
 def complete_versions(config: Config, workspace: Workspace) -> list[Path]:
     named = [path for path in stage.folders(workspace.data) if path.name.startswith(f"{config.name}@")]
-    return [directory for directory in named if artifacts.read_record(directory) is not None]
+    return [directory for directory in named if artifacts.read_json(directory / artifacts.RECORD) is not None]
 
 
 def pixel_store(config: Config, workspace: Workspace) -> ShardStore:

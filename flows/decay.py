@@ -84,13 +84,13 @@ def _losses_on(
 ) -> list[np.ndarray]:
     """Return each model's mean loss of every arrival that can be used (N,), the same arrivals for all models."""
     paths = [_path(workspace, model, [one.sha256 for one in arrived]) for model in models]
-    kept = [stage.fetch(path) for path in paths]
-    if not all(kept):
-        for model in models:
+    missing = [(path, model) for path, model in zip(paths, models, strict=True) if not stage.fetch(path)]
+    if missing:
+        for _, model in missing:
             _check_cost(model)
         with tempfile.TemporaryDirectory(prefix="fresco-decay-") as folder:
             items = _examined(config, arrived, seen.cursor["source"], Path(folder))
-            for path, model in zip(paths, models, strict=True):
+            for path, model in missing:
                 _keep(path, model, items, Path(folder))
     return [np.load(path, allow_pickle=False).mean(axis=1) for path in paths]
 

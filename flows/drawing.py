@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from cluster import stage
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic, write_record
 from cluster.carry import Carry
 from cluster.placement import PlacementSection
@@ -66,8 +67,10 @@ def ensure_drawn(
     folder = workspace.reports / "measured" / f"drawn-{fingerprint_of([VERSION, fingerprint, wanted])}"
     paths = [folder / picture_name(index) for index in range(len(requests))]
     if read_record(folder) is None:
+        stage.fetch_tree(folder)
         blocks = [block for block in _blocks(requests) if not all(_whole(paths[i]) for i in block["index"].to_pylist())]
         _draw_blocks(placement, blocks, model, folder)
+        stage.fetch_tree(folder)
         write_record(folder, {"model": fingerprint, "pictures": len(requests), "requests": wanted})
     return [Image.open(path).convert("RGB") for path in paths]
 

@@ -163,7 +163,7 @@ def _facts(
 def _curves(run_directory: Path) -> list[Curve]:
     """The run's losses by step, from its metrics.jsonl."""
     path = run_directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if stage.fetch(path) else []
     curves = []
     for key, name, dense in (("train/loss", "training", True), ("eval/loss", "validation", False)):
         points = [(line["step"], line[key]) for line in lines if key in line]

@@ -72,6 +72,8 @@ def ensure_features(
     for report in run_blocks(config, blocks, make_featurer, job, (total, carry)):
         done += report["rows"][0].as_py()
         progress(done)
+    for store in stores:
+        stage.fetch_tree(store)
     return job
 
 

@@ -110,6 +110,10 @@ class Ledger:
         others = [one for one in self.state.spent if (one["cycle"], one["what"]) != (cycle, what)]
         self.state.spent = [*others, entry]
 
+    def gpu_hours_of(self, cycle: str, what: str) -> float:
+        """What was noted of a cycle's search or training so far."""
+        return sum(one["gpu_hours"] for one in self.state.spent if (one["cycle"], one["what"]) == (cycle, what))
+
     def refuse(self, attempt: dict[str, Any]) -> None:
         """Remember an attempt that must not be made again. Not saved yet."""
         self.state.refused = [*self.state.refused, attempt][-KEPT_REFUSALS:]

@@ -29,7 +29,7 @@ from cluster.registry import (
 from cluster.storage import FileEntry, is_s3, list_files, open_input
 from cluster.whole_folders import fetch_whole, keep_whole
 from components.errors import InputError
-from components.models import family_of, model_fingerprint
+from components.models import embedded_base, family_of, model_fingerprint
 from flows.config import Config
 from flows.console import say
 
@@ -78,6 +78,16 @@ def resolve_model(config: Config, text: str) -> ResolvedModel:
     if names_a_run and read_record(workspace.run_dir(directory.name)) is not None:
         return _run(workspace, directory.name)
     raise InputError(_not_found(workspace, text))
+
+
+def base_of(config: Config, workspace: Workspace) -> Path:
+    """Return the directory of the model that training starts from."""
+    if not config.model.base:
+        return embedded_base()
+    base = Path(stage.here(config.model.base, workspace.root)).expanduser().resolve()
+    if stage.address_of(base) is not None:
+        fetch_whole(base)
+    return base
 
 
 def keep_in_workspace(workspace: Workspace, model: ResolvedModel) -> Path:

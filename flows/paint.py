@@ -37,7 +37,6 @@ from flows.swap import WARM_UP, Lineup, Loaded, VersionSettings, can_draw, warm_
 FACTORY = "flows.paint:make_painter"
 WARM_UP_LIMIT_S = 120.0
 CANCELLED_STATUS = 499
-"""What the engine is told of a deadline that has passed: it refuses it."""
 
 
 class EnginePainter:

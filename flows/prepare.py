@@ -206,8 +206,8 @@ def _candidates(config: Config, source: Source) -> list[Candidate]:
 def _find(config: Config, source: Source) -> DatasetVersion | None:
     workspace = artifacts.workspace_at(config.workspace)
     for directory in complete_versions(config, workspace):
-        record = artifacts.read_record(directory) or {}
-        if source.snapshot in record["snapshots"]:
+        record = artifacts.read_json(directory / artifacts.RECORD) or {}
+        if source.snapshot in record["snapshots"] and artifacts.read_record(directory) is not None:
             dataset = versions.load_dataset(directory)
             stored = pixel_store(config, workspace).keys()
             if all(item.sha256 in stored for item in dataset.items):

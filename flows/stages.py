@@ -134,8 +134,9 @@ def train_run(desk: Desk) -> dict[str, Any]:
             return {"run_id": run_id, "repeated": True, "ends": REFUSED, "reasons": [why]}
     desk.cycle.run_id = run_id
     known = read_record(desk.workspace.run_dir(run_id)) is not None
+    before = desk.ledger.gpu_hours_of(desk.cycle.id, "train")  # of attempts that were interrupted
     if not known:
-        desk.ledger.spend(desk.cycle.id, "train", config.train.steps, 0.0)  # also owed when we do not live to see it
+        desk.ledger.spend(desk.cycle.id, "train", config.train.steps, before)  # also owed when we do not live to see it
     desk.ledger.save()
     began = time.monotonic()
     steps = config.train.steps
@@ -144,7 +145,8 @@ def train_run(desk: Desk) -> dict[str, Any]:
         steps = result["steps"]
     finally:  # what failed has cost as much
         if not known:
-            desk.ledger.spend(desk.cycle.id, "train", steps, gpu_hours(config, time.monotonic() - began))
+            hours = gpu_hours(config, time.monotonic() - began)
+            desk.ledger.spend(desk.cycle.id, "train", steps, before + hours)
     keys = ("run_id", "steps", "eval_loss_first", "eval_loss_last", "images_per_s")
     facts = {"base": config.model.base or "embedded", "anchor": not desk.first and not config.train.replay_of}
     replay = {"replay_fraction": config.train.replay_fraction, "drift": desk.cycle.drift}

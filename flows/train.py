@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster import stage, telemetry, workers
-from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_json_atomic, write_record
+from cluster.artifacts import (
+    Workspace,
+    fetch_parts,
+    open_workspace,
+    read_json,
+    read_record,
+    write_json_atomic,
+    write_record,
+)
 from cluster.checkpoints import CheckpointWriter
 from cluster.engine import MASTER
 from cluster.exchange import OVER, STEP
@@ -32,6 +40,7 @@ from flows.config import AFTER_A_RUN, Config, recipe_fingerprint
 from flows.console import program, say, step
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
+from flows.models import base_of
 from flows.prepare import ensure_dataset
 from flows.progress import RunProgress
 from flows.replay import check_parts, old_version
@@ -105,9 +114,9 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
 
 def open_inputs(config: Config) -> Inputs:
     """Find what the recipe is applied to; makes the dataset version when there is none. A Ray session must run."""
-    base = Path(config.model.base).expanduser().resolve() if config.model.base else embedded_base()
-    base_fingerprint = model_fingerprint(base)
     workspace = open_workspace(config.workspace)
+    base = base_of(config, workspace)
+    base_fingerprint = model_fingerprint(base)
     dataset, old = ensure_dataset(config), old_version(config)
     if old is None:
         return Inputs(workspace, dataset, base, base_fingerprint)
@@ -128,6 +137,7 @@ def open_job(
     if not mlflow_run_id or not telemetry.run_exists(uri, mlflow_run_id):
         params = {"dataset": inputs.dataset.id, **config.model_dump(exclude={*AFTER_A_RUN, "search", "workspace"})}
         artifacts = inputs.workspace.root / "mlartifacts"
+        params = stage.portable(params, inputs.workspace.root)
         mlflow_run_id = telemetry.start_run(uri, config.name, run_id, params, artifacts, parent)
         write_json_atomic(directory / "mlflow.json", {"run_id": mlflow_run_id})
     dataset_dir = inputs.dataset.directory
@@ -137,6 +147,7 @@ def open_job(
 def _record(job: Job, inputs: Inputs, seconds: float) -> dict[str, Any]:
     """Mark the run complete; return its results."""
     outcome = read_json(job.directory / "outcome.json") or {}
+    fetch_parts(job.directory)  # of workers on another machine
     results = {
         "run_id": job.directory.name,
         "checkpoint": str(job.directory / "pipeline"),
