@@ -89,10 +89,11 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
             say(f"run {run_id}: complete with the same fingerprint, nothing to do")
             return dict(record["results"])
         data = ensure_encoded(config, inputs.dataset, inputs.base, with_text=not trains_text(config.train.freezing))
-        plan_name = config.train.freezing
         if config.train.warmup_steps >= config.train.steps:
             say(f"note: train.warmup_steps={config.train.warmup_steps} is no less than train.steps: no peak, no fall")
-        step(f"train: run {run_id} on {inputs.dataset.id}, plan {plan_name}, {config.train.steps} steps, {batch}")
+        step(
+            f"train: run {run_id} on {inputs.dataset.id}, plan {config.train.freezing}, {config.train.steps} steps, {batch}"
+        )
         job = open_job(config, inputs, data)
         started = time.monotonic()
         try:

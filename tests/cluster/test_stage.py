@@ -52,7 +52,7 @@ def test_a_prefix_that_no_folder_can_be_named_after_is_refused(bucket: str) -> N
 
 def test_a_record_brings_its_files_to_another_machine(machines: Machines) -> None:
     first = machines.be("first")
-    directory = first.dataset_dir("emblems@1")
+    directory = first.run_dir("emblems-1")
     write_bytes_atomic(directory / "manifest.parquet", b"rows")
     (directory / "samples").mkdir()
     (directory / "samples" / "plain.png").write_bytes(b"drawn without artifacts")
@@ -62,8 +62,8 @@ def test_a_record_brings_its_files_to_another_machine(machines: Machines) -> Non
     write_record(directory, {"n": 1})
 
     second = machines.be("second")
-    directory = second.dataset_dir("emblems@1")
-    assert finished(second.data) == [directory]
+    directory = second.run_dir("emblems-1")
+    assert finished(second.runs) == [directory]
     assert read_record(directory) == {"n": 1}
     assert (directory / "manifest.parquet").read_bytes() == b"rows"
     assert (directory / "samples" / "plain.png").read_bytes() == b"drawn without artifacts"

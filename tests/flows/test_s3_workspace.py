@@ -139,7 +139,7 @@ def test_verbs_go_on_where_another_machine_stopped(
     assert again["run_id"] == run_id and again["checkpoint"] == f"{config.workspace}/runs/{run_id}/pipeline"
     known = status.run(config)
     assert known["champion"]["run_id"] == run_id
-    assert [line["champion"] for line in history.run(config)["history"]] == [1]
+    assert [line["champion"] for line in history.run(config)["entries"]] == [1]
     wish = generate.Wish(seed=5, steps=2)
     local = generate.run(
         config, ["a red circle"], str(tmp_path / "local-pictures"), wish, model="models:/story@champion"
