@@ -4,6 +4,8 @@
 #   VENV        where the environment lives
 #   KEEP        with demo: leave the endpoint and its page running
 #   KILLS       with chaos: how often the loop is killed
+#   PICTURES    with bench-drift: a folder of captioned pictures
+#   QUICK       with bench-replay: only try that it runs
 #   PIP_FLAGS   more options for pip, such as another package index
 
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)
@@ -75,8 +77,9 @@ bench-serve: $(STAMP)  ## images/s, latency and memory of the endpoint beside di
 soak: $(STAMP)  ## ten minutes of load, swaps, hang-ups and killed replicas: every answer right, none lost, no leak
 	@$(BIN)/python -m benchmarks.soak
 
-chaos: $(STAMP)  ## the standing loop killed at 30 random moments ends as an undisturbed one; KILLS=3 to try it
+chaos: $(STAMP)  ## the standing loop killed at 30 random moments, on disk and on S3, ends as an undisturbed one; KILLS=3 to try it
 	@$(BIN)/python -m benchmarks.chaos --kills $(KILLS)
+	@$(BIN)/python -m benchmarks.chaos --kills $(KILLS) --s3
 
 clean:  ## remove caches and build/, never a workspace
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

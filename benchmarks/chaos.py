@@ -5,7 +5,10 @@ command is killed with everything it started, at moments drawn from a seed, and 
 and the cycle at hand is over. Both must then agree: dataset versions, decisions, champion and its weights, aliases,
 every line of the journal; and no two processes ever held one token of the lease. Exit code 1 when something differs.
 
-    python -m benchmarks.chaos [--kills 30] [--seed 0] [--workspace URI]     --kills 3 to try it
+    python -m benchmarks.chaos [--kills 30] [--seed 0] [--s3]     --kills 3 to try it
+
+With --s3 sources and workspaces lie in a bucket of a local S3 server, each with an MLflow server of its own, and every
+command begins with an empty stage, as on a new machine.
 """
 
 import argparse
@@ -19,11 +22,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 LIMIT_S = 900.0
+LOOK_S = 0.5
 ARRIVALS = 20
 FIRST = 60
 UNLIKE = ("monitor", "champion_found")
@@ -35,8 +41,11 @@ class Run:
     """One workspace with its source, and what was seen while it worked."""
 
     config: Path
-    source: Path
+    source: str
     workspace: str
+    tracking_uri: str
+    stages: Path
+    """Where commands have their stages."""
     cycles: int = 0
     seconds: list[float] = field(default_factory=list)
     holders: dict[int, set[tuple[int, str]]] = field(default_factory=dict)
@@ -46,12 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workspace", default="", help="Folder or s3:// prefix of both; default: temporary")
+    parser.add_argument("--s3", action="store_true", help="Workspaces in a bucket, on a local S3 server")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="fresco-chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fresco-chaos-") as folder, ExitStack() as servers:
         root = Path(folder)
-        calm, killed = (make_run(root, options.workspace, name) for name in ("calm", "killed"))
-        print("one cycle in peace, to know how long it takes", flush=True)
+        os.environ["FRESCO_STAGE"] = str(root / "stage")  # before anything of `cluster` is imported
+        bucket = servers.enter_context(a_bucket()) if options.s3 else ""
+        calm, killed = (make_run(root, bucket, name, servers) for name in ("calm", "killed"))
+        print(f"workspaces in {bucket or root}; one cycle in peace, to know how long it takes", flush=True)
         cycle(calm)
         kills = disturb(killed, options.kills, random.Random(options.seed), calm.seconds[0])
         while calm.cycles < killed.cycles:
@@ -66,21 +77,40 @@ def main() -> None:
     sys.exit(1 if problems else 0)
 
 
-def make_run(root: Path, workspace: str, name: str) -> Run:
+@contextmanager
+def a_bucket() -> Iterator[str]:
+    """An empty bucket of a local S3 server, to which the AWS_* variables lead from now on."""
+    from cluster import s3
+    from tests.faults import s3_server
+
+    with s3_server() as network:
+        os.environ |= {"AWS_ENDPOINT_URL": network.url, "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+        s3.client().create_bucket(Bucket="chaos")
+        yield "s3://chaos"
+
+
+def make_run(root: Path, bucket: str, name: str, servers: ExitStack) -> Run:
     """Lay down source, base and config of one workspace; both sources hold the same pictures."""
     from components.models import make_tiny, save_parts
     from tests.loop_world import loop_config, write_config
+    from tests.servers import free_port, mlflow_server
 
     base = root / "base"
     if not base.exists():
         save_parts(make_tiny("stable_diffusion", seed=0), base)
     folder = root / name
-    folder.mkdir()
-    place = f"{workspace.rstrip('/')}/{name}" if workspace else str(folder / "workspace")
+    (folder / "stages").mkdir(parents=True)
+    place, source, tracking_uri = str(folder / "workspace"), str(folder / "source"), ""
+    if bucket:
+        port = free_port()
+        servers.enter_context(mlflow_server(folder, f"sqlite:///{folder / 'mlflow.db'}", port))
+        place, source, tracking_uri = f"{bucket}/{name}", f"{bucket}/{name}-arrivals", f"http://127.0.0.1:{port}"
     lenient = ("gate.min_improvement=0", "gate.seed_spread=0", "gate.significance=0.2", "gate.max_clip_drop=100")
-    config = loop_config(folder, base, f"workspace={place}", "train.steps=12", "gate.time_budget_s=300", *lenient)
+    places = (f"data.source={source}", f"placement.tracking_uri={tracking_uri}")
+    config = loop_config(folder, base, *places, "train.steps=12", "gate.time_budget_s=300", *lenient)
     config = config.model_copy(update={"workspace": place})
-    return Run(write_config(folder, config), folder / "source", place)
+    return Run(write_config(folder, config), source, place, tracking_uri, folder / "stages")
 
 
 def arrive_for(run: Run) -> None:
@@ -96,6 +126,7 @@ def arrive_for(run: Run) -> None:
 def start(run: Run) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "flows", "retrain", "--once", "--json", "--config", str(run.config)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment["FRESCO_STAGE"] = tempfile.mkdtemp(dir=run.stages)
     log = run.config.with_name("log").open("ab")
     with log:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -168,18 +199,21 @@ class watched_lease:  # noqa: N801, reads as a statement
 
     def look(self) -> None:
         from cluster import storage
+        from cluster.errors import StorageError
 
         place = storage.join(self.run.workspace, "retrain", "lease.epochs")
-        while not self.ended.wait(0.2):
-            for entry in storage.iter_files(place):
-                try:
+        while not self.ended.wait(LOOK_S):
+            try:
+                for entry in storage.iter_files(place):
                     lease = json.loads(storage.read_bytes(entry.uri))
-                except (FileNotFoundError, ValueError):
-                    continue
-                self.run.holders.setdefault(lease["token"], set()).add((lease["pid"], lease["nonce"]))
+                    self.run.holders.setdefault(lease["token"], set()).add((lease["pid"], lease["nonce"]))
+            except (FileNotFoundError, ValueError, StorageError):
+                continue  # taken away or away at the moment: looked at again
 
 
 def two_holders(run: Run) -> list[str]:
+    if not run.holders:
+        return ["nobody was ever seen to hold the lease"]
     several = {token: holders for token, holders in run.holders.items() if len(holders) > 1}
     return [f"token {token} of the lease was held by {sorted(holders)}" for token, holders in several.items()]
 
@@ -192,12 +226,13 @@ def journal(run: Run) -> list[dict[str, Any]]:
 
 def facts(run: Run) -> dict[str, Any]:
     """What must be the same wherever the loop was killed."""
-    from cluster.artifacts import open_workspace
+    from cluster import stage
+    from cluster.artifacts import finished, open_workspace
     from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_MODEL_FINGERPRINT, Registry
     from components.models import model_fingerprint
 
     workspace = open_workspace(run.workspace)
-    registry = Registry(workspace)
+    registry = Registry(workspace, run.tracking_uri)
     aliases = {alias: registry.by_alias("loop", alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
     versions = {version.number: version.tags[TAG_MODEL_FINGERPRINT] for version in registry.versions("loop")}
     weights = {alias: model_fingerprint(registry.directory_of(one)) for alias, one in aliases.items() if one}
@@ -205,12 +240,12 @@ def facts(run: Run) -> dict[str, Any]:
     keys = ("event", "cycle", "stage", "state", "decision", "dataset", "run_id", "version", "champion", "previous")
     told = Counter(json.dumps({key: line[key] for key in keys if key in line}, sort_keys=True) for line in lines)
     return {
-        "dataset versions": sorted(path.parent.name for path in workspace.data.glob("*/record.json")),
-        "finished runs": sorted(path.parent.name for path in workspace.runs.glob("*/record.json")),
+        "dataset versions": sorted(path.name for path in finished(workspace.data)),
+        "finished runs": sorted(path.name for path in finished(workspace.runs)),
         "aliases": {alias: one.number if one else None for alias, one in aliases.items()},
         "registered weights": versions,
         "weights of the aliases": weights,
-        "unfinished moves": sorted(path.name for path in (workspace.root / "locks").glob("*.intent.json")),
+        "unfinished moves": sorted(path.name for path in stage.files(workspace.root / "locks", ".intent.json")),
         "journal": dict(sorted(told.items())),
     }
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import serve_tables
 from benchmarks.serve_endpoint import register_copies, replicas, resident_bytes, served
 from benchmarks.serve_peers import GENERATIONS_ROUTE, Pipeline, Wanted, served_peers
 from benchmarks.serve_requests import (
@@ -40,7 +41,7 @@ from benchmarks.serve_requests import (
     rows_of,
 )
 from benchmarks.serve_requests import slope_per_1000 as slope
-from benchmarks.serve_tables import CAPACITY_SHARE, FRESCO, GROUPED, MemoryCourse, Results, Saturation, show
+from benchmarks.serve_tables import CAPACITY_SHARE, FRESCO, GROUPED, MemoryCourse, Results, Saturation
 from cluster.placement import PlacementSection, ServeSection
 from cluster.session import local_session
 from cluster.signals import ended_by_signals
@@ -68,9 +69,10 @@ class Size:
     latency_rounds: int = 2
     latency_s: float = 60.0
     idle_pairs: int = 60
-    memory_requests: int = 6500
-    memory_warm_up: int = 1500
-    """Left out: Fresco keeps the text states of 1,024 prompts, and until then memory grows on purpose."""
+    memory_requests: int = 8000
+    memory_warm_up: int = 3000
+    """Left out: Fresco keeps the text states of 1,024 prompts, and until then memory grows on purpose; the pools of the
+    allocators fill until about the 2,500th request (`--only-memory` shows it)."""
     memory_every: int = 125
     memory_clients: int = 8
 
@@ -106,10 +108,15 @@ def main() -> int:
     """Start the three servers, measure, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few requests, to see that it runs; targets mean nothing")
+    parser.add_argument("--only-memory", action="store_true", help="the replica's memory, from the first request on")
     parser.add_argument("--rounds", type=int, default=Size.rounds, help="of the saturation, for a slower machine")
     asked = parser.parse_args()
     size = QUICK if asked.quick else Size(rounds=asked.rounds)
     began = time.monotonic()
+    if asked.only_memory:
+        with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, fresco_served(Path(folder)) as fresco:
+            serve_tables.show_memory(watch_memory(fresco, replace(size, memory_warm_up=size.memory_every)), every=4)
+        return 0
     with tempfile.TemporaryDirectory(prefix="fresco-bench-") as folder, ExitStack() as beside:
         # Within the peers: a Ray that was told to end together with this process may take it along.
         peers = beside.enter_context(peers_served())
@@ -126,7 +133,7 @@ def main() -> int:
             idle = idle_cost(fresco, size)
             memory = watch_memory(fresco, size)
     results = Results(differences, drawn, presets, CAPACITY_SHARE * capacity, latencies, idle, memory)
-    met = show(results)
+    met = serve_tables.show(results)
     print(f"\n{time.monotonic() - began:.0f} s in all, load average {os.getloadavg()[2]:.1f} over the last 15 minutes")
     return 0 if met else 1
 

@@ -108,14 +108,19 @@ def show(results: Results) -> bool:
     names_of = {"sampler": "the bare sampler", "request": "through the endpoint", "cost": "difference in pairs"}
     for key, name in {**names_of, "fastest": "difference of the fastest tenths"}.items():
         print(f"| {name} | {1000 * idle[key]:.1f} |")
-    print("\n| requests answered | replica's memory, MiB |\n|---|---|")
-    for index in sorted({0, len(memory.counts) // 2, len(memory.counts) - 1}):
-        print(f"| {memory.counts[index]} | {memory.mib[index]:.1f} |")
+    show_memory(memory, every=max(1, len(memory.counts) // 4))
     verdicts = judge(results)
     print("\n| target | found | |\n|---|---|---|")
     for verdict in verdicts:
         print(f"| {verdict.target} | {verdict.found} | {'met' if verdict.met else 'missed'} |")
     return all(verdict.met for verdict in verdicts)
+
+
+def show_memory(memory: MemoryCourse, every: int) -> None:
+    """Print every so many points of the course, and the last one."""
+    print("\n| requests answered | replica's memory, MiB |\n|---|---|")
+    for index in sorted({*range(0, len(memory.counts), every), len(memory.counts) - 1}):
+        print(f"| {memory.counts[index]} | {memory.mib[index]:.1f} |")
 
 
 def _spread(rates: Mapping[str, Sequence[float]], peer: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import read_json, write_json_atomic
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import Registry
@@ -40,7 +41,7 @@ def trial_lives(registry: Registry, name: str) -> bool:
 def write_trial(registry: Registry, name: str, trial: Trial | None) -> None:
     """Write a trial down, or that there is none any more."""
     if trial is None:
-        _path(registry, name).unlink(missing_ok=True)
+        stage.remove(_path(registry, name))
     else:
         write_json_atomic(_path(registry, name), asdict(trial))
 
@@ -53,8 +54,8 @@ def hold_trial(registry: Registry, name: str, number: int) -> Iterator[Callable[
 
 
 def _path(registry: Registry, name: str) -> Path:
-    return registry.workspace.root / "serving" / f"trial-{name}.json"
+    return registry.workspace.root / "locks" / f"trial-{name}.json"
 
 
-def _lease(registry: Registry, name: str) -> Path:
-    return registry.workspace.root / "locks" / f"trial-{name}.lock"
+def _lease(registry: Registry, name: str) -> str:
+    return registry.workspace.place("locks", f"trial-{name}.lock")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster import stage
 from cluster.artifacts import write_bytes_atomic
 from cluster.placement import ServeSection
 
@@ -206,18 +207,12 @@ def bytes_of(served: Served) -> int:
 
 def remove_oldest(folder: Path, max_bytes: int) -> None:
     """Remove shards, oldest first, until the folder holds at most `max_bytes` of them; the newest always stays."""
-    shards = sorted(folder.glob(f"[0-9]*{SUFFIX}"))
-    sizes = {}
-    for shard in shards:
-        try:
-            sizes[shard] = shard.stat().st_size
-        except FileNotFoundError:  # another replica was first
-            continue
+    sizes = {path: size for path, size in stage.files(folder, SUFFIX).items() if path.name[:1].isdigit()}
     total = sum(sizes.values())
     for shard in list(sizes)[:-1]:
         if total <= max_bytes:
             return
-        shard.unlink(missing_ok=True)
+        stage.remove(shard)
         total -= sizes[shard]
 
 
@@ -229,7 +224,10 @@ def read_captured(folder: Path, since_s: float = 0.0) -> pa.Table:
 
 def iter_captured(folder: Path, since_s: float, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield the same rows shard by shard, of them `columns` alone: all shards together may be large."""
-    for shard in sorted(folder.glob(f"[0-9]*{SUFFIX}")):
+    stage.fetch_tree(folder)
+    for shard in stage.files(folder, SUFFIX):
+        if not shard.name[:1].isdigit():
+            continue
         try:
             yield pq.read_table(shard, schema=SCHEMA, columns=list(columns), filters=[("time_s", ">=", since_s)])
         except FileNotFoundError:

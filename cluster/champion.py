@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
 from cluster.canary import Trial, hold_trial, read_trial, trial_lives, write_trial
 from cluster.errors import ChallengerBusyError, ChampionMovedError, RegistryError, StorageError
 from cluster.judging import judged_now
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_RETIRED, TAG_SINCE, Registry, Version
+from cluster.reigns import FOUND, PROMOTE, ROLLBACK, is_move
 
 Notify = Callable[[str], None]
-PROMOTE, ROLLBACK, FOUND, RETIRE, CHALLENGE = "promote", "rollback", "champion_found", "retire", "challenger"
+RETIRE, CHALLENGE = "retire", "challenger"
 NO_CHAMPION = 0
 """As `expected`: the move was decided when there was no champion."""
 SETTLE_WAIT_S = 2.0
@@ -63,10 +65,21 @@ def move_champion(
         return _move(registry, wanted, old, {"event": PROMOTE, "decision": "promote", **(line or {})}, confirm)
 
 
-def roll_back(registry: Registry, name: str, line: Mapping[str, Any], notify: Notify | None = None) -> Move:
-    """Make `previous` the champion again, and the champion `previous`: a second roll-back undoes the first."""
+def roll_back(
+    registry: Registry, name: str, line: Mapping[str, Any], notify: Notify | None = None, expected: int | None = None
+) -> Move:
+    """Make `previous` the champion again, and the champion `previous`: a second roll-back undoes the first.
+
+    ChampionMovedError where the champion is not the `expected` version.
+    """
     with _aliases(registry, name, "rollback", notify) as confirm:
         old, wanted = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
+        found = old.number if old else NO_CHAMPION
+        if expected not in (None, found):
+            raise ChampionMovedError(
+                f"rollback expected version {expected} to be the champion of {name}, found {found or 'none'}: it was"
+                " moved meanwhile; nothing was changed"
+            )
         if old is None or wanted is None:
             have = f"champion {old.number} without a previous one" if old else "no champion"
             raise RegistryError(
@@ -162,15 +175,6 @@ def retire(registry: Registry, name: str, keep: int, also: Sequence[int] = ()) -
         return retired
 
 
-def reigns(journal: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return the journal's alias moves of a model, oldest first, each with `since` and, once it ended, `until`."""
-    moves = [dict(line) for line in journal if _is_move(line, name)]
-    for line, following in zip(moves, [*moves[1:], {}], strict=False):  # of no moves, one too many
-        line.setdefault("since", line["time"])
-        line["until"] = following.get("since", following.get("time"))
-    return moves
-
-
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -206,7 +210,7 @@ def _move(
     if _is_tried(registry, wanted):
         registry.set_alias(name, CHALLENGER, None)
     _journal(registry, whole)
-    _intent_path(registry, name).unlink(missing_ok=True)
+    stage.remove(_intent_path(registry, name))
     champion, previous = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
     assert champion is not None
     return Move(champion, previous, changed=True)
@@ -229,7 +233,7 @@ def _settle(registry: Registry, name: str) -> list[str]:
             said.append(
                 f"undone: a move to version {line['champion']} ended half-way; the champion is {number or 'unset'}"
             )
-        path.unlink(missing_ok=True)
+        stage.remove(path)
     trial = read_trial(registry, name)
     if trial is not None and not trial_lives(registry, name):
         _end_trial(registry, name)
@@ -248,7 +252,7 @@ def _settle(registry: Registry, name: str) -> list[str]:
 
 def _unsettled(registry: Registry, name: str) -> bool:
     """Look, without a lock and without writing, whether there is something to repair."""
-    if _intent_path(registry, name).exists():
+    if stage.fetch(_intent_path(registry, name)):
         return True
     champion = registry.by_alias(name, CHAMPION)
     if champion is not None and _is_tried(registry, champion):
@@ -282,13 +286,8 @@ def _is_tried(registry: Registry, version: Version) -> bool:
 
 def _journaled(registry: Registry, name: str) -> int | None:
     """The champion by the journal's last move."""
-    moves = [line for line in read_journal(registry.workspace) if _is_move(line, name)]
+    moves = [line for line in read_journal(registry.workspace) if is_move(line, name)]
     return moves[-1]["champion"] if moves else None
-
-
-def _is_move(line: Mapping[str, Any], name: str) -> bool:
-    moved = line["event"] in (ROLLBACK, FOUND) or (line["event"] == PROMOTE and "move" in line)
-    return moved and line.get("name") == name
 
 
 def _journal(registry: Registry, line: Mapping[str, Any]) -> None:

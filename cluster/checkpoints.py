@@ -11,7 +11,6 @@ optimizer's state names. Tensors pass through a rank one parameter at a time.
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cluster import stage
 from cluster.artifacts import write_bytes_atomic
 
 _STEP = re.compile(r"step-(\d{8})$")
@@ -63,6 +63,9 @@ class CheckpointWriter:
 
     def _write(self, step: int, share: dict[str, Tensor], state: bytes) -> None:
         folder = self.directory / f"step-{step:08d}"
+        log = self.directory.with_name("metrics.jsonl")
+        if self.rank == 0 and log.exists():
+            stage.keep(log)  # whoever continues from here on another machine has the lines before it
         write_bytes_atomic(folder / f"rank-{self.rank}-of-{self.world_size}.safetensors", save(share))
         write_bytes_atomic(folder / f"state-{self.rank}.json", state)
         if self.rank == 0:
@@ -70,17 +73,20 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         """Remove all but the newest `keep` complete checkpoints, and unfinished ones older than those."""
-        complete = [path for path in _folders(self.directory) if _is_complete(path)]
+        folders = _folders(self.directory)
+        complete = [path for path in folders if _is_complete(folders[path])]
         if len(complete) >= self.keep:
             oldest_kept = complete[-self.keep]
-            for path in _folders(self.directory):
+            for path in folders:
                 if path.name < oldest_kept.name:
-                    shutil.rmtree(path, ignore_errors=True)
+                    stage.remove_tree(path)
 
 
 def newest_complete(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose every shard is there."""
-    complete = [path for path in _folders(directory) if _is_complete(path)]
+    """Return the newest checkpoint whose every shard is there; of a workspace on S3, what is there, fetched."""
+    complete = [path for path, names in _folders(directory).items() if _is_complete(names)]
+    if complete:
+        stage.fetch_tree(complete[-1])
     return complete[-1] if complete else None
 
 
@@ -114,15 +120,18 @@ def tensors_of(
             yield f"{name}|{kind}", get(name, kind)
 
 
-def _folders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("step-*") if _STEP.search(path.name))
+def _folders(directory: Path) -> dict[Path, set[str]]:
+    """Return the names of the files of every checkpoint, oldest first."""
+    found: dict[Path, set[str]] = {}
+    for path in stage.paths(directory):
+        if _STEP.search(path.parent.name) and path.parent.parent == directory:
+            found.setdefault(path.parent, set()).add(path.name)
+    return dict(sorted(found.items()))
 
 
-def _is_complete(folder: Path) -> bool:
-    shards = [match for path in folder.iterdir() if (match := _SHARD.search(path.name))]
-    worlds = {int(match.group(2)) for match in shards}
+def _is_complete(names: set[str]) -> bool:
+    worlds = {int(match.group(2)) for name in names if (match := _SHARD.search(name))}
     return any(
-        all((folder / f"rank-{rank}-of-{world}.safetensors").exists() for rank in range(world))
-        and all((folder / f"state-{rank}.json").exists() for rank in range(world))
+        all({f"rank-{rank}-of-{world}.safetensors", f"state-{rank}.json"} <= names for rank in range(world))
         for world in worlds
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.errors import LeaseLostError, StorageError
+from cluster.stage_names import shared
 
 MAX_TRIES = 20
 
@@ -20,6 +21,7 @@ def read_fenced(uri: str, token: int) -> Any | None:
 
     LeaseLostError when a newer token has touched it.
     """
+    uri = shared(uri)
     for _ in range(MAX_TRIES):
         value, newest, tag = _load(uri)
         _refuse_late(uri, newest, token)
@@ -30,6 +32,7 @@ def read_fenced(uri: str, token: int) -> Any | None:
 
 def write_fenced(uri: str, value: Any, token: int) -> None:
     """Replace the file's value (anything JSON can hold); LeaseLostError, and nothing written, for an older token."""
+    uri = shared(uri)
     for _ in range(MAX_TRIES):
         _, newest, tag = _load(uri)
         _refuse_late(uri, newest, token)
@@ -40,7 +43,7 @@ def write_fenced(uri: str, value: Any, token: int) -> None:
 
 def peek_fenced(uri: str) -> Any | None:
     """Return the file's value without sealing it, for those who only look; None when there is none."""
-    return _load(uri)[0]
+    return _load(shared(uri))[0]
 
 
 def _load(uri: str) -> tuple[Any | None, int, str | None]:

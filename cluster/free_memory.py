@@ -31,6 +31,10 @@ VERSIONS = (
 """Files with limit and usage, the line of memory.stat that can be given back, the folder under the root: v2, v1."""
 
 
+class NoTurnError(TimeoutError):
+    """Others loaded for so long that it says nothing about what was to be loaded."""
+
+
 def free_bytes(device: str) -> int:
     """Return what can still be taken on `cpu`, or on the current GPU for `cuda`, torch's own reserve included."""
     if device == "cpu":
@@ -46,7 +50,7 @@ def memory_turn(folder: Path | None, device: str, limit_s: float, alone: bool = 
     """Wait for a turn to look at a device's free memory and take of it.
 
     All that name the same folder take turns on one machine, or on one GPU; whoever ends or dies gives up its own. Who
-    is not `alone` shares a turn with its like, and goes on without one after `limit_s`; TimeoutError for who is.
+    is not `alone` shares a turn with its like, and goes on without one after `limit_s`; NoTurnError for who is.
     Without a folder, or where it cannot be written, nobody waits.
     """
     with _opened(folder, device) as file:
@@ -60,7 +64,7 @@ def memory_turn(folder: Path | None, device: str, limit_s: float, alone: bool = 
                     break
                 if time.monotonic() >= deadline:
                     message = f"another replica loads a model on this machine, for longer than {limit_s:.0f} s"
-                    raise TimeoutError(f"{message}; this one is tried again") from error
+                    raise NoTurnError(f"{message}; this one is tried again") from error
                 time.sleep(TURN_POLL_S)
             except OSError as error:  # a file system without locks
                 LOG.warning("replicas of this machine load without taking turns: %s: %s", folder, error)

@@ -7,12 +7,11 @@ Retention leaves what is being judged alone.
 import posixpath
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import Registry
-from cluster.storage import iter_files
+from cluster.storage import iter_files, join
 
 LOCK_SUFFIX = ".lock"
 WAIT_S = 30.0
@@ -32,14 +31,14 @@ def judging(
 def judged_now(registry: Registry, name: str) -> list[int]:
     """Return the versions that a living command is judging, in order."""
     folder = _folder(registry, name)
-    leases = {posixpath.basename(posixpath.dirname(entry.uri)) for entry in iter_files(str(folder))}
+    leases = {posixpath.basename(posixpath.dirname(entry.uri)) for entry in iter_files(folder)}
     found = [int(number) for number, rest in (lease.split(".", 1) for lease in leases) if number.isdecimal() and rest]
     return sorted(number for number in found if read_lease(_place(registry, name, number)) is not None)
 
 
-def _place(registry: Registry, name: str, number: int) -> Path:
-    return _folder(registry, name) / f"{number}{LOCK_SUFFIX}"
+def _place(registry: Registry, name: str, number: int) -> str:
+    return join(_folder(registry, name), f"{number}{LOCK_SUFFIX}")
 
 
-def _folder(registry: Registry, name: str) -> Path:
-    return registry.workspace.root / "locks" / f"judging-{name}"
+def _folder(registry: Registry, name: str) -> str:
+    return registry.workspace.place("locks", f"judging-{name}")

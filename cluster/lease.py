@@ -24,6 +24,7 @@ import psutil
 
 from cluster import storage
 from cluster.errors import LeaseLostError, StorageError
+from cluster.stage_names import shared
 
 POLL_S = 0.1
 CLOCK_SLACK_S = 2.0
@@ -85,7 +86,7 @@ def hold_lease(
     before every side effect, and give its token to `fencing`. StorageError when another owner keeps the lease for
     longer than `wait_s` seconds; where only waiting can tell whether it lives, after its time-to-live at the latest.
     """
-    uri = f"{place}.epochs"
+    uri = f"{shared(place)}.epochs"
     held = _Held(uri, _acquire(uri, owner, ttl_s, wait_s, notify))
     ended = threading.Event()
 
@@ -110,7 +111,7 @@ def hold_lease(
 
 def read_lease(place: str | Path) -> Lease | None:
     """Return the holder of the lease at `place`, None when it is free or its holder is known or likely to be dead."""
-    lease = _newest(f"{place}.epochs")
+    lease = _newest(f"{shared(place)}.epochs")
     return lease if lease is not None and not lease.released and is_alive(lease) else None
 
 

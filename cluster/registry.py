@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
+from cluster import stage
 from cluster.artifacts import Workspace
 from cluster.errors import RegistryError, reason_of
 from cluster.lease import hold_lease
+from cluster.whole_folders import fetch_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,7 +126,7 @@ class Registry:
             made = self._call(
                 lambda: self._client.create_model_version(
                     name,
-                    SOURCE_SCHEME + quote(str(pipeline_dir.resolve())),
+                    SOURCE_SCHEME + quote(stage.portable(str(pipeline_dir.resolve()), self.workspace.root)),
                     run_id=mlflow_run_id,
                     tags={**tags, **self._path_tag(pipeline_dir)},
                     await_creation_for=0,
@@ -156,9 +158,9 @@ class Registry:
         """Return the pipeline directory of a version; RegistryError when it is gone."""
         inside = version.tags.get(TAG_PATH)
         tried = [self.workspace.root / inside] if inside else []
-        tried.append(Path(version.source))
+        tried.append(Path(stage.here(version.source, self.workspace.root)))
         for directory in tried:
-            if directory.is_dir():
+            if fetch_whole(directory):
                 return directory
         raise RegistryError(
             f"{version.uri} expected its pipeline in {' or '.join(map(str, tried))}, found nothing there: the directory"
@@ -181,9 +183,9 @@ class Registry:
         """Looking into a registry that nobody wrote to yet must not create a database."""
         return not self.tracking_uri and not (self.workspace.root / "mlflow.db").exists()
 
-    def lock_path(self, name: str) -> Path:
-        """The lock under which the aliases of a model move."""
-        return self.workspace.root / "locks" / f"aliases-{name}.lock"
+    def lock_path(self, name: str) -> str:
+        """The lease under which the aliases of a model move."""
+        return self.workspace.place("locks", f"aliases-{name}.lock")
 
     def _path_tag(self, directory: Path) -> dict[str, str]:
         inside = directory.resolve().is_relative_to(self.workspace.root)

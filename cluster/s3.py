@@ -68,15 +68,21 @@ def secrets() -> list[str]:
 
 def read(bucket: str, key: str, **conditions: Any) -> tuple[bytes, str]:
     """Return an object's bytes (or the Range asked for) and its ETag."""
+    content, answer = read_answer(bucket, key, **conditions)
+    return content, tag_of(answer)
+
+
+def read_answer(bucket: str, key: str, **conditions: Any) -> tuple[bytes, dict[str, Any]]:
+    """Return what `read` does, and all that boto3 says of the object instead of its ETag."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         answer = client().get_object(Bucket=bucket, Key=key, **conditions)
         try:
             with closing(answer["Body"]) as body:
                 content = bytes(body.read())
             _check_whole(content, answer, bucket)
-            return content, _tag(answer)
+            return content, answer
         except _damage() as error:
-            _pause(attempt, f"read s3://{bucket}/{key}", error)
+            pause(attempt, f"read s3://{bucket}/{key}", error)
     raise AssertionError("the last pause raises")
 
 
@@ -113,7 +119,7 @@ def write_if(bucket: str, key: str, content: bytes, etag: str | None) -> bool:
                 return False
             if code not in TRY_AGAIN:
                 raise
-            _pause(attempt, f"write s3://{bucket}/{key}", error)
+            pause(attempt, f"write s3://{bucket}/{key}", error)
     raise AssertionError("the last pause raises")
 
 
@@ -122,9 +128,9 @@ def delete(bucket: str, key: str) -> None:
     client().delete_object(Bucket=bucket, Key=key)
 
 
-def pages(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects below a prefix in the order of their keys, as boto3 describes them."""
-    for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+def pages(bucket: str, prefix: str, **after: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects below a prefix (StartAfter: behind that key) in the order of their keys, as boto3 has them."""
+    for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **after):
         yield from page.get("Contents", ())
 
 
@@ -252,11 +258,12 @@ def _check_whole(content: bytes, answer: dict[str, Any], bucket: str) -> None:
 
     if len(content) != int(answer["ContentLength"]):
         raise IncompleteReadError(actual_bytes=len(content), expected_bytes=int(answer["ContentLength"]))
-    if _has_md5(answer, bucket) and hashlib.md5(content, usedforsecurity=False).hexdigest() != _tag(answer):
-        raise FlexibleChecksumError(error_msg=f"{len(content)} bytes came that do not match the ETag {_tag(answer)}")
+    if _has_md5(answer, bucket) and hashlib.md5(content, usedforsecurity=False).hexdigest() != tag_of(answer):
+        raise FlexibleChecksumError(error_msg=f"{len(content)} bytes came that do not match the ETag {tag_of(answer)}")
 
 
-def _tag(answer: dict[str, Any]) -> str:
+def tag_of(answer: dict[str, Any]) -> str:
+    """Return the ETag of an answer without its quotes."""
     return str(answer["ETag"]).strip('"')
 
 
@@ -265,7 +272,7 @@ def _has_md5(answer: dict[str, Any], bucket: str) -> bool:
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     foreign = bucket.endswith(EXPRESS_BUCKET) or any(name.lower().startswith("x-goog-") for name in headers)
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
-    return plain and not foreign and "ContentRange" not in answer and _MD5.fullmatch(_tag(answer)) is not None
+    return plain and not foreign and "ContentRange" not in answer and _MD5.fullmatch(tag_of(answer)) is not None
 
 
 def _mark_of(bucket: str, key: str) -> str | None:
@@ -278,7 +285,7 @@ def _mark_of(bucket: str, key: str) -> str | None:
     return found
 
 
-def _pause(attempt: int, what: str, error: Exception) -> None:
+def pause(attempt: int, what: str, error: Exception) -> None:
     """Wait before the next attempt, longer each time; after the last one raise."""
     if attempt == MAX_ATTEMPTS:
         raise error

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.carry import NOTHING, Carry
 from cluster.companion import Companion
 from cluster.errors import EndpointError, PlacementError
 from cluster.painter_bridge import PainterBridge
@@ -57,6 +58,8 @@ class ModelSource:
     """Folder for pictures handed out by address and for what is captured; all replicas share it."""
     follow: Follow | None = None
     """Where to look for the model that should serve; None serves the first one for ever."""
+    carry: Carry = NOTHING
+    """What a replica on any machine needs for a workspace on S3."""
 
 
 class ImagesReplica:
@@ -70,6 +73,7 @@ class ImagesReplica:
 
         from cluster.drawing_routes import Desk
 
+        source.carry.before()
         self.bridge = PainterBridge(source.factory, source.arguments, source.follow)
         context = serve.get_replica_context()
         names = (context.replica_id.unique_id, context.app_name)
@@ -125,22 +129,26 @@ def endpoint(
     with local_session(placement.model_copy(update=room)):
         try:
             route = "" if application == APPLICATION else f"/{application}"
-            _deploy(source, settings, port, application, route)
-            url = url_of(settings.host, port) + route
+            url = url_of(*_deploy(source, settings, port, application, route)) + route
             wait_until_ready(url, settings.ready_limit_s)
             yield url
         finally:
             _remove(application, shared and not placement.ray_address)
 
 
-def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> None:
+def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> tuple[str, int]:
+    """Return host and port where Serve listens: on a cluster where it ran before, those that it was started with."""
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.context import _get_global_client
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = HTTPOptions(host=settings.host, port=port)
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=_quiet())
     serve.run(make_application(source, settings), name=application, route_prefix=route or "/")
+    client = _get_global_client()
+    assert client is not None  # else it raised
+    return str(client.http_config.host), int(client.http_config.port)
 
 
 def make_application(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.carry import NOTHING, Carry
 from cluster.errors import PlacementError, StorageError, WorkerError
 
 ACTOR_WAIT_LIMIT_S = 300
@@ -36,12 +37,17 @@ class ActorPool:
 
 
 def map_blocks(
-    blocks: Sequence[pa.Table], make_work: Callable[[Any], Work], argument: Any, pool: ActorPool
+    blocks: Sequence[pa.Table],
+    make_work: Callable[[Any], Work],
+    argument: Any,
+    pool: ActorPool,
+    carry: Carry = NOTHING,
 ) -> Iterator[pa.Table]:
     """Yield `make_work(argument)(block)` for every block, as each finishes (order is not kept).
 
     `make_work` is an importable function; it is called once in each actor. An error in it or in the work is raised
-    here in its own class, StorageError when the disk is full. A Ray session must be running.
+    here in its own class, StorageError when the disk is full. A Ray session must be running. What the work reads and
+    writes in a workspace on S3 is in `carry`.
     """
     if not blocks:
         return
@@ -55,7 +61,7 @@ def map_blocks(
         warnings.simplefilter("ignore", DeprecationWarning)
         results = ray.data.from_arrow(list(blocks)).map_batches(
             _Actor,
-            fn_constructor_args=(make_work, argument),
+            fn_constructor_args=(make_work, argument, carry),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
@@ -79,12 +85,16 @@ def map_blocks(
 class _Actor:
     """Holds one worker's state (a loaded encoder, an open connection) between blocks."""
 
-    def __init__(self, make_work: Callable[[Any], Work], argument: Any) -> None:
+    def __init__(self, make_work: Callable[[Any], Work], argument: Any, carry: Carry) -> None:
+        self.carry = carry
+        carry.before()
         self.work = make_work(argument)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         try:
-            return self.work(block)
+            done = self.work(block)
+            self.carry.after()
+            return done
         except OSError as error:
             if error.errno in DISK_ERRORS:
                 raise StorageError(_disk_message(error)) from error

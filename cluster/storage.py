@@ -101,8 +101,15 @@ def write_bytes_atomic(uri: str, content: bytes) -> None:
         if is_s3(uri):
             s3.write(*_bucket_and_key(uri), content)
             return
-        with _temporary_beside(_local(uri), content) as temporary:
-            os.replace(temporary, _local(uri))
+    write_local(_local(uri), content)
+
+
+def write_local(path: Path, content: bytes) -> os.stat_result:
+    """Do so on a disk; return the facts of the file that was written, whoever replaces it a moment later."""
+    with _as_storage_error("write", str(path)), _temporary_beside(path, content) as temporary:
+        facts = temporary.stat()
+        os.replace(temporary, path)
+        return facts
 
 
 def put_if_absent(uri: str, content: bytes) -> bool:

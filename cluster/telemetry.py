@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import write_bytes_atomic, write_json_atomic
 from cluster.errors import TrackingError, reason_of
 from cluster.workers import is_disk_full, read_lines
@@ -40,6 +41,7 @@ class RunLog:
         self._pictures: list[Path] = []
         # What an earlier attempt logged beyond the checkpoint that this one starts from will be logged again; so will
         # the evaluation of the checkpoint's own step.
+        stage.fetch(self.path)
         kept = [line for line in read_lines(self.path) if line["step"] < step + (EVAL_LOSS not in line)]
         write_bytes_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -66,6 +68,7 @@ class RunLog:
         """Send what is pending to MLflow; a server that is away gets it at the next flush, and training goes on."""
         from mlflow.exceptions import MlflowException
 
+        stage.keep(self.path)
         try:
             while self._pending:
                 self._client.log_batch(self._run_id, metrics=self._pending[:1000])
@@ -78,20 +81,22 @@ class RunLog:
                 raise
             write_json_atomic(self.path.parent / UNSENT, {"reason": str(error)[:1000]})
         else:
-            (self.path.parent / UNSENT).unlink(missing_ok=True)
+            stage.remove(self.path.parent / UNSENT)
 
     def picture(self, path: Path) -> None:
         """Attach a picture to the MLflow run at the next flush."""
+        stage.keep(path)
         self._pictures.append(path)
 
 
 def send_again(directory: Path, tracking_uri: str, mlflow_run_id: str) -> None:
     """Send a run's whole log and its pictures where its last flush did not get through."""
-    if not (directory / UNSENT).exists():
+    if not stage.fetch(directory / UNSENT):
         return
     log = RunLog(directory, tracking_uri, mlflow_run_id, sys.maxsize)
     for line in read_lines(log.path):
         log.mirror(line)
+    stage.fetch_tree(directory / "samples")
     for path in sorted((directory / "samples").glob("step-*.png")):
         log.picture(path)
     log.flush()

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from cluster import stage
 from cluster.artifacts import disk_message, read_json, write_json_atomic
+from cluster.carry import Carry
 from cluster.errors import StorageError, WorkerError
 from cluster.placement import PlacementSection
 
@@ -57,7 +60,10 @@ def report(metrics: dict[str, float]) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A module-level function by name, what it is told, and the folder of what it makes."""
+    """A module-level function by name, what it is told, and the folder of what it makes.
+
+    A job that reads a workspace on S3 has `fetch_inputs()`: a worker may be on another machine than the driver.
+    """
 
     function: str
     job: Any
@@ -68,6 +74,8 @@ class Task:
         return Task(f"{function.__module__}:{function.__qualname__}", job, directory)
 
     def run(self) -> None:
+        if hasattr(self.job, "fetch_inputs"):
+            self.job.fetch_inputs()
         module, _, name = self.function.partition(":")
         getattr(importlib.import_module(module), name)(self.job)
 
@@ -103,7 +111,7 @@ class OneTask:
         return self.task.directory / "failure.json"
 
     def take(self) -> Task | None:
-        if self.taken or self.failure.exists():
+        if self.taken or stage.fetch(self.failure):
             return None
         self.taken = True
         return self.task
@@ -116,7 +124,8 @@ class OneTask:
 
     def failed(self, task: Task, error: Exception) -> bool:
         if hasattr(type(error), "exit_code"):
-            write_json_atomic(self.failure, named(error))
+            with suppress(StorageError):  # the storage may be what failed: Ray tells of it then
+                write_json_atomic(self.failure, named(error))
         return False
 
 
@@ -127,7 +136,7 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
     WorkerError when the restarts are used up.
     """
     feed = OneTask(Task.of(worker, job, directory))
-    feed.failure.unlink(missing_ok=True)
+    stage.remove(feed.failure)
     error = fit(feed, placement, directory, placement.max_failures)
     failure = read_json(feed.failure)
     if failure is not None:
@@ -135,6 +144,9 @@ def run_group(worker: Callable[[Any], None], job: Any, placement: PlacementSecti
     if error is not None and is_disk_full(error):
         # So full that not even the reason could be written.
         raise StorageError(disk_message(directory, OSError(errno.ENOSPC, "no space left on device"))) from error
+    if error is not None and f"{StorageError.__module__}.{StorageError.__qualname__}" in str(error):
+        # So far away that the reason could not be written there: to be told from a worker that cannot do its work.
+        raise StorageError(f"{directory}: {str(error).strip()[-2000:]}") from error
     if error is not None:
         raise WorkerError(
             f"the worker group failed more than placement.max_failures={placement.max_failures} times; the last error"
@@ -153,7 +165,7 @@ def fit(feed: Feed, placement: PlacementSection, directory: Path, max_failures: 
         resources["GPU"] = placement.gpus_per_worker
     trainer = TorchTrainer(
         _serve,
-        train_loop_config={"feed": feed},
+        train_loop_config={"feed": feed, "carry": Carry.of(keep=[directory])},
         torch_config=TorchConfig(backend="nccl" if placement.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
@@ -177,6 +189,7 @@ def _serve(config: dict[str, Any]) -> None:
     """What every worker of a group does: one task after the other."""
     global _feed
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    config["carry"].before()
     feed: Feed = config["feed"]
     _feed = feed
     while (task := feed.take()) is not None:

@@ -47,7 +47,9 @@ class DrawRequest:
     priority: float = 1.0
     """Its key's share of the engine against other keys; 2 gets twice the steps of 1."""
     deadline_s: float | None = None
-    """Seconds from now within which the pictures must be ready; refused early when the measured speed says no."""
+    """Seconds within which the pictures must be ready; refused early when the measured speed says no."""
+    waited_s: float = 0.0
+    """Of those, the seconds that had passed when it got here (a swap of models, a long body)."""
     partial_images: int = 0
     """How many early pictures to decode on the way, evenly spaced; fewer come when the decoder is busy."""
     background: bool = False

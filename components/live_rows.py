@@ -47,7 +47,7 @@ class AcceptedRequest:
     @property
     def deadline(self) -> float | None:
         limit_s = self.request.deadline_s
-        return None if limit_s is None else self.accepted_at + limit_s
+        return None if limit_s is None else self.accepted_at - self.request.waited_s + limit_s
 
     def is_late(self, now: float) -> bool:
         return self.deadline is not None and now > self.deadline

@@ -68,7 +68,7 @@ class RetrainSection(Section):
     anchor_every: int = Field(5, ge=0)
     """Every so many cycles the training starts from model.base on everything instead; 0: never."""
     search_every: int = Field(0, ge=0)
-    """Every so many cycles the recipe is searched again; 0: never."""
+    """In the first cycle and then every so many, the recipe is searched again; 0: never."""
     watch_s: float = Field(300.0, ge=0)
     """How long a new champion is watched before the cycle ends; 0: not at all."""
     canary_share: float = Field(0.1, ge=0, le=0.5)

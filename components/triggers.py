@@ -5,6 +5,7 @@ speak are kept. Then whatever holds a retraining back: nothing new to learn from
 already, the cool-down, the budget. A `wait` says as much as a `retrain`. Pure: no clock, no file is read here.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ NOTHING_NEW, REFUSED, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
     "source",
 )
 WEEK_S = 7 * 86400.0
+ENOUGH_FRESH = 0.1
+"""Of the pictures of a refused attempt: so many others make it another attempt."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +207,24 @@ def _holds(evidence: Evidence, section: RetrainSection, spoken: set[str]) -> lis
         held.append(Reason(SOURCE, evidence.problem))
     elif not first and not by_hand and evidence.new_images == 0:
         held.append(Reason(NOTHING_NEW, "nothing arrived that the champion's data lacks", {"new": 0}))
-    elif not first and not by_hand and evidence.fresh_images <= 0:
-        text = f"all {evidence.new_images} new pictures were in an attempt that was refused"
-        held.append(Reason(REFUSED, text, {"new": evidence.new_images}))
+    elif not first and not by_hand and NEW_IMAGES not in spoken:
+        held += _refused(evidence)
     if not by_hand:
         held += cooldown(evidence, section.cooldown_s)
     return held + _budget(evidence, section)
+
+
+def _refused(evidence: Evidence) -> list[Reason]:
+    """What stands against trying again on much the same pictures: drift and decay stay when an attempt is refused."""
+    least = ENOUGH_FRESH * evidence.refused_images
+    if not evidence.refused_images or evidence.fresh_images >= max(1.0, least):
+        return []
+    which = f"{evidence.refused_images} of {evidence.new_images}" if evidence.fresh_images else "all"
+    which += "" if evidence.fresh_images else f" {evidence.new_images}"
+    text = f"{which} new pictures were in an attempt that was refused"
+    if evidence.fresh_images:
+        text += f"; it is tried again when {math.ceil(least)} others are there"
+    return [Reason(REFUSED, text, {"new": evidence.new_images, "fresh": evidence.fresh_images, "least": least})]
 
 
 def cooldown(evidence: Evidence, cooldown_s: float) -> list[Reason]:

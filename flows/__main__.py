@@ -63,7 +63,7 @@ class Shared:
     ] = None
     set: Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. train.steps=600. Repeatable.")] = None
     workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Folder for everything Fresco writes. [FRESCO_WORKSPACE]")
+        str | None, typer.Option("--workspace", help="Folder or s3://bucket/prefix for everything. [FRESCO_WORKSPACE]")
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and the steps; touch nothing.")
@@ -273,7 +273,7 @@ def timeline(shared: Shared) -> None:
 
 @verb
 def status(shared: Shared) -> None:
-    """Say what serves, why and since when."""
+    """Say what serves, why and since when, what the loop does, and the last decisions."""
     shared.run("status", lambda flow, config: flow.run(config))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster import artifacts, storage
+from cluster import artifacts, stage, storage
 from cluster.errors import StorageError
 from cluster.redaction import redacted
 from components import arrivals as rules
@@ -94,6 +94,7 @@ def look(
     folder = artifacts.open_workspace(config.workspace).root / place / hashlib.sha256(root.encode()).hexdigest()[:12]
     previous = cursor["listing"] if cursor is not None and cursor.get("source") == root else ""
     found = Look(SourceFiles(_base(root), _environment(root)), {item.sha256 for item in parent.items}, limit, wanted)
+    stage.fetch(folder / f"{previous}.parquet")
     listed = rules.carried_over(_listed(root, found), read_listing(folder / f"{previous}.parquet"), at)
     try:
         with draft_listing(folder) as draft:
@@ -102,6 +103,7 @@ def look(
             _sort(found, rules.states(read_listing(draft), held, at, settle_s), draft)
             _read(found)
             _keep(found, draft, folder / f"{digest}.parquet")
+            stage.keep(folder / f"{digest}.parquet")
         _clear(folder, {digest, previous})
     except OSError as error:
         raise StorageError(artifacts.disk_message(folder, error)) from error
@@ -272,9 +274,9 @@ def _keep(found: Look, draft: Path, path: Path) -> None:
 
 
 def _clear(folder: Path, keep: set[str]) -> None:
-    for path in folder.glob("[!.]*.parquet"):
+    for path in stage.files(folder, ".parquet"):
         if path.stem not in keep:
-            path.unlink(missing_ok=True)
+            stage.remove(path)
 
 
 def _below(uri: str, root: str) -> bool:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 
+from cluster.artifacts import NEEDS_TRACKING
 from cluster.notify import check_form
 from cluster.placement import PlacementSection, ServeSection
 from cluster.redaction import redacted
@@ -30,7 +31,7 @@ ADDED = ("replay_of", "replay_fraction", "average_with_base")
 
 class Config(Section):
     workspace: str = "./fresco-workspace"
-    """Folder that holds everything Fresco writes."""
+    """Folder, or s3://bucket/prefix, that holds everything Fresco writes. On S3 it needs placement.tracking_uri."""
     name: str = "fresco"
     """Name of the dataset, the runs and the registered model."""
     data: DataSection = DataSection()
@@ -49,6 +50,12 @@ class Config(Section):
     def _tells_whom_it_may(cls, section: RetrainSection) -> RetrainSection:
         check_form(section)
         return section
+
+    @model_validator(mode="after")
+    def _tracked(self) -> "Config":
+        if self.workspace.startswith("s3://") and not self.placement.tracking_uri:
+            raise ValueError(NEEDS_TRACKING.format(uri=redacted(self.workspace)))
+        return self
 
 
 def load_config(
@@ -176,5 +183,5 @@ def _explain(error: ValidationError) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             found = "" if isinstance(problem["input"], dict) else f" (found {redacted(repr(problem['input']))})"
-            lines.append(f"config {path}: {message}{found}")
+            lines.append(f"config {path}: {message}{found}" if path else message)
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.artifacts import read_journal
 from cluster.champion import settle
-from cluster.errors import EndpointError, RegistryError, WorkerError
+from cluster.errors import ChampionMovedError, EndpointError, RegistryError, WorkerError
 from cluster.registry import CHAMPION
 from cluster.session import local_session
 from components.errors import DataError, InputError, NonFiniteError
@@ -120,7 +120,9 @@ def _end(desk: Desk) -> dict[str, Any]:
     if is_champion(desk, version):  # else it was rolled back already, before we were killed
         desk.ledger.confirm()
         try:
-            rollback.run(desk.config, f"{desk.cycle.id}: {why}")
+            rollback.run(desk.config, f"{desk.cycle.id}: {why}", expected=version)
+        except ChampionMovedError:
+            pass  # by hand, a moment ago: it serves no more all the same
         except RegistryError as error:
             return _finish(desk, FAILED, [f"{why}; it stays, there is nothing to go back to: {error}"], again=False)
     return _finish(desk, ROLLED_BACK, [why], again=False)

@@ -4,7 +4,6 @@
 last, the record. The pixels of its pictures lie beside, under the hash of their bytes, and serve all versions.
 """
 
-import glob
 import io
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster import artifacts
+from cluster import artifacts, stage
 from cluster.artifacts import Workspace
 from components import dataset as versions
 from components import encode
@@ -24,12 +23,23 @@ from flows.config import Config
 
 
 def complete_versions(config: Config, workspace: Workspace) -> list[Path]:
-    named = sorted(workspace.data.glob(f"{glob.escape(config.name)}@*"))
-    return [directory for directory in named if artifacts.read_record(directory) is not None]
+    named = [path for path in stage.folders(workspace.data) if path.name.startswith(f"{config.name}@")]
+    return [directory for directory in named if artifacts.read_json(directory / artifacts.RECORD) is not None]
 
 
 def pixel_store(config: Config, workspace: Workspace) -> ShardStore:
-    return ShardStore(workspace.encoded / encode.pixels_name(config.data.resolution_px))
+    """Return the store of all pictures at the config's resolution, with what is stored by now."""
+    store = ShardStore(workspace.encoded / encode.pixels_name(config.data.resolution_px))
+    stage.fetch_tree(store.directory)
+    return store
+
+
+def discard_pixels(config: Config, workspace: Workspace, shards: set[str]) -> None:
+    """Remove pixel shards of a dataset that was refused."""
+    store = pixel_store(config, workspace)
+    for name in shards:
+        stage.remove(store.directory / name)
+    store.discard(shards)
 
 
 def store_version(
@@ -62,7 +72,7 @@ def named_version(workspace: Workspace, wanted: str) -> tuple[DatasetVersion, di
     directory = workspace.dataset_dir(wanted)
     record = artifacts.read_record(directory)
     if record is None:
-        known = sorted(path.parent.name for path in workspace.data.glob("*/record.json"))
+        known = sorted(path.name for path in artifacts.finished(workspace.data))
         raise InputError(
             f"expected dataset version {wanted!r} in {str(workspace.data)!r}, found {', '.join(known) or 'none'};"
             " name one of those"

@@ -7,19 +7,21 @@ Where a look would cost too much (few arrivals, tables, a large model without a 
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cluster import storage
+from cluster import stage, storage
 from cluster.artifacts import Workspace, write_bytes_atomic
 from cluster.registry import Version
 from components import examine
-from components.arrivals import Arrivals
+from components.arrivals import Arrival, Arrivals
 from components.dataset import TEST, DatasetVersion, Item
 from components.errors import InputError
 from components.images import Limits
 from components.models import load_parts
+from components.probation import Decay as Beside
 from components.triggers import Decay
 from flows.config import Config
 from flows.console import say
@@ -39,36 +41,75 @@ def measure_decay(
     config: Config, workspace: Workspace, champion: Version, parent: DatasetVersion, seen: Arrivals
 ) -> Decay:
     """Compare the losses; RegistryError or InputError where the champion cannot be had."""
-    arrived = sorted((one for one in seen.new if one.sha256), key=lambda one: one.sha256)[:MOST]
+    arrived = _sampled(seen)
     tests = parent.split(TEST)[:MOST]
     if min(len(arrived), len(tests)) < FEWEST:
         pictures = f"{len(arrived)} arrivals and {len(tests)} test pictures"
         return Decay(skipped=f"{pictures}, {FEWEST} of each are enough")
     model = resolve_model(config, champion.uri)
-    with tempfile.TemporaryDirectory(prefix="fresco-decay-") as folder:
-        known = _path(workspace, model, [one.sha256 for one in arrived])
-        if not known.exists():
-            too_dear = _too_dear(model)
-            if too_dear:
-                return Decay(skipped=too_dear)
-            base = seen.cursor["source"]
-            if arrived[0].files[0].uri == base:
-                base = base.rpartition("/")[0]
-            files = SourceFiles(base, storage.aws_environment() if storage.is_s3(base) else {})
-            limits = Limits(config.data.min_side_px, config.data.max_pixels)
-            job = examine.ExamineJob(config.data.source, files, limits, config.data.resolution_px, Path(folder))
-            look = examine.make_examiner(job)
-            blocks = examine.candidate_blocks([one.candidate for one in arrived])
-            found = [one for block in blocks for one in examine.read_found(look(block)) if not one.reason]
-            items = [Item(one.sha256, one.caption, TEST, "") for one in {one.sha256: one for one in found}.values()]
-            if len(items) < FEWEST:
-                return Decay(skipped=f"{len(items)} of {len(arrived)} arrivals can be used, {FEWEST} are enough")
-            _keep(known, model, items, Path(folder))
-        arrivals_N = np.load(known, allow_pickle=False).mean(axis=1)
+    try:
+        (arrivals_N,) = _losses_on(config, workspace, [model], arrived, seen)
+    except _SkippedError as why:
+        return Decay(skipped=str(why))
     own = _path(workspace, model, [item.sha256 for item in tests])
-    if not own.exists():
+    if not stage.fetch(own):
         _keep(own, model, tests, pixel_store(config, workspace).directory)
     return compare(np.load(own, allow_pickle=False).mean(axis=1), arrivals_N)
+
+
+def decay_beside(
+    config: Config, workspace: Workspace, models: tuple[ResolvedModel, ResolvedModel], seen: Arrivals
+) -> Beside | None:
+    """Return the losses of (former, new) champion on the same arrivals; None where there are few, and that is said."""
+    arrived = _sampled(seen)
+    try:
+        if len(arrived) < FEWEST:
+            raise _SkippedError(f"{len(arrived)} pictures arrived since, {FEWEST} are enough")
+        return Beside(*_losses_on(config, workspace, models, arrived, seen))
+    except _SkippedError as why:
+        say(f"decay is not measured: {why}")
+        return None
+
+
+class _SkippedError(Exception):
+    """Why losses on arrivals are not measured."""
+
+
+def _sampled(seen: Arrivals) -> list[Arrival]:
+    return sorted((one for one in seen.new if one.sha256), key=lambda one: one.sha256)[:MOST]
+
+
+def _losses_on(
+    config: Config, workspace: Workspace, models: Sequence[ResolvedModel], arrived: Sequence[Arrival], seen: Arrivals
+) -> list[np.ndarray]:
+    """Return each model's mean loss of every arrival that can be used (N,), the same arrivals for all models."""
+    paths = [_path(workspace, model, [one.sha256 for one in arrived]) for model in models]
+    missing = [(path, model) for path, model in zip(paths, models, strict=True) if not stage.fetch(path)]
+    if missing:
+        for _, model in missing:
+            _check_cost(model)
+        with tempfile.TemporaryDirectory(prefix="fresco-decay-") as folder:
+            items = _examined(config, arrived, seen.cursor["source"], Path(folder))
+            for path, model in missing:
+                _keep(path, model, items, Path(folder))
+    return [np.load(path, allow_pickle=False).mean(axis=1) for path in paths]
+
+
+def _examined(config: Config, arrived: Sequence[Arrival], base: str, folder: Path) -> list[Item]:
+    """Examine arrivals as `prepare` does, their pixels in `folder`."""
+    if arrived[0].files[0].uri == base:
+        base = base.rpartition("/")[0]
+    files = SourceFiles(base, storage.aws_environment() if storage.is_s3(base) else {})
+    limits = Limits(config.data.min_side_px, config.data.max_pixels)
+    look = examine.make_examiner(
+        examine.ExamineJob(config.data.source, files, limits, config.data.resolution_px, folder)
+    )
+    blocks = examine.candidate_blocks([one.candidate for one in arrived])
+    found = [one for block in blocks for one in examine.read_found(look(block)) if not one.reason]
+    items = [Item(one.sha256, one.caption, TEST, "") for one in {one.sha256: one for one in found}.values()]
+    if len(items) < FEWEST:
+        raise _SkippedError(f"{len(items)} of {len(arrived)} arrivals can be used, {FEWEST} are enough")
+    return items
 
 
 def compare(own_N: np.ndarray, arrivals_M: np.ndarray) -> Decay:
@@ -79,15 +120,15 @@ def compare(own_N: np.ndarray, arrivals_M: np.ndarray) -> Decay:
     return Decay(own, arrived, low, len(arrivals_M))
 
 
-def _too_dear(model: ResolvedModel) -> str:
+def _check_cost(model: ResolvedModel) -> None:
     import torch
 
     if torch.cuda.is_available():
-        return ""
+        return
     parts = load_parts(model.directory, only={"denoiser"})
     count = sum(parameter.numel() for parameter in parts.denoiser.parameters())
-    too_many = count > MOST_PARAMETERS_ON_CPU
-    return f"a denoiser of {count / 1e6:.0f} M parameters without a GPU costs too much" if too_many else ""
+    if count > MOST_PARAMETERS_ON_CPU:
+        raise _SkippedError(f"a denoiser of {count / 1e6:.0f} M parameters without a GPU costs too much")
 
 
 def _keep(path: Path, model: ResolvedModel, items: list[Item], pixels: Path) -> None:

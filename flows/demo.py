@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
-from cluster.champion import PROMOTE
 from cluster.registry import CHAMPION
+from cluster.reigns import PROMOTE
 from cluster.session import local_session
 from components.models import embedded_base
 from components.sources import EMBLEMS_SCHEME, parse_emblems

@@ -17,7 +17,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from cluster import stage
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic, write_record
+from cluster.carry import Carry
 from cluster.placement import PlacementSection
 from cluster.session import local_session
 from cluster.shards import ActorPool, map_blocks
@@ -65,8 +67,10 @@ def ensure_drawn(
     folder = workspace.reports / "measured" / f"drawn-{fingerprint_of([VERSION, fingerprint, wanted])}"
     paths = [folder / picture_name(index) for index in range(len(requests))]
     if read_record(folder) is None:
+        stage.fetch_tree(folder)
         blocks = [block for block in _blocks(requests) if not all(_whole(paths[i]) for i in block["index"].to_pylist())]
         _draw_blocks(placement, blocks, model, folder)
+        stage.fetch_tree(folder)
         write_record(folder, {"model": fingerprint, "pictures": len(requests), "requests": wanted})
     return [Image.open(path).convert("RGB") for path in paths]
 
@@ -117,7 +121,7 @@ def _draw_blocks(placement: PlacementSection, blocks: list[pa.Table], model: Pat
     job = DrawJob(model.resolve(), folder, "cuda" if placement.gpus_per_worker else "cpu")
     pool = ActorPool(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
     with local_session(placement):
-        for report in map_blocks(blocks, make_drawer, job, pool):
+        for report in map_blocks(blocks, make_drawer, job, pool, Carry.of(keep=[folder], whole=[job.model])):
             done += sum(report["rows"].to_pylist())
             progress(done)
 

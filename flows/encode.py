@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import artifacts
+from cluster import artifacts, stage
+from cluster.carry import Carry
 from cluster.errors import StorageError
 from cluster.placement import PlacementSection
 from cluster.session import local_session
@@ -52,21 +53,43 @@ def ensure_encoded(config: Config, dataset: DatasetVersion, base_dir: Path, with
         text=workspace.encoded / encode.text_name(text_fingerprint),
         device="cuda" if config.placement.gpus_per_worker else "cpu",
     )
+    for store in (job.pixels, job.latents, *([job.text] if with_text else [])):
+        stage.fetch_tree(store, without=artifacts.BY_THEMSELVES)
     _encode_missing(config, dataset, job, with_text)
+    for store in (job.latents, job.text):
+        stage.keep_tree(store, without=artifacts.BY_THEMSELVES)
     latents, text = {}, {}
     for split in SPLITS:
         items = dataset.split(split)
-        keys, captions = [item.sha256 for item in items], [item.caption for item in items]
-        latents[split] = job.latents / "tables" / encode.table_name(split, keys)
-        with _disk_errors(latents[split]):
-            encode.pack_latents_table(ShardStore(job.latents), keys, latents[split])
+        latents[split] = job.latents / "tables" / encode.table_name(split, [item.sha256 for item in items])
         if with_text:
-            text[split] = job.text / "tables" / encode.table_name(split, captions)
-            with _disk_errors(text[split]):
-                encode.pack_text_table(ShardStore(job.text), captions, text[split])
+            text[split] = job.text / "tables" / encode.table_name(split, [item.caption for item in items])
+    paths = EncodedPaths(latents, text, job.pixels)
+    pack_tables(dataset, paths)
     if with_text:
         _note_truncated(dataset, ShardStore(job.text), text_fingerprint)
-    return EncodedPaths(latents, text, job.pixels)
+    return paths
+
+
+def pack_tables(dataset: DatasetVersion, paths: EncodedPaths) -> None:
+    """Pack the tables that are not on this machine, from the stores beside them."""
+    for split in SPLITS:
+        items = dataset.split(split)
+        path = paths.latents[split]
+        with _disk_errors(path):
+            encode.pack_latents_table(_store_of(path), [item.sha256 for item in items], path)
+        if split in paths.text:
+            path = paths.text[split]
+            with _disk_errors(path):
+                encode.pack_text_table(_store_of(path), [item.caption for item in items], path)
+
+
+def _store_of(table: Path) -> ShardStore:
+    """Return the store that a packed table is made of, with its shards where the table is still to be made."""
+    store = ShardStore(table.parents[1])
+    if not table.is_dir():
+        stage.fetch_tree(store.directory, without=artifacts.BY_THEMSELVES)
+    return store
 
 
 def _encode_missing(config: Config, dataset: DatasetVersion, job: encode.EncodeJob, with_text: bool) -> None:
@@ -89,7 +112,8 @@ def _encode_missing(config: Config, dataset: DatasetVersion, job: encode.EncodeJ
     pool = ActorPool(placement.workers, placement.cpus_per_worker, placement.gpus_per_worker)
     progress, done = progress_of("encoded", len(pictures) + len(captions)), 0
     with local_session(placement):
-        for report in map_blocks(blocks, encode.make_encoder, job, pool):
+        carry = Carry.of(fetch=[job.pixels], keep=[job.latents, job.text], whole=[job.base])
+        for report in map_blocks(blocks, encode.make_encoder, job, pool, carry):
             done += report["rows"][0].as_py()
             progress(done)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from cluster import stage
 from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_bytes_atomic, write_json_atomic
 from cluster.errors import RegistryError
 from cluster.registry import TAG_BASE, TAG_COMMIT
@@ -57,7 +58,7 @@ def run(config: Config, model: str, dataset: str = "", against: str = "") -> dic
     inputs = [found.fingerprint, other.fingerprint if other else "", against, data.dataset.id, encoder.identity]
     fingerprint = fingerprint_of([VERSION, *inputs, config.evaluate.model_dump()])
     record = read_json(paths["json"])
-    if record and record["fingerprint"] == fingerprint and all(path.exists() for path in paths.values()):
+    if record and record["fingerprint"] == fingerprint and all(stage.fetch(path) for path in paths.values()):
         say(f"evaluation of {_reference(found)} on {data.dataset.id}: complete, nothing to do")
         _tell(record, paths)
         return _result(record, paths)
@@ -162,7 +163,7 @@ def _facts(
 def _curves(run_directory: Path) -> list[Curve]:
     """The run's losses by step, from its metrics.jsonl."""
     path = run_directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if stage.fetch(path) else []
     curves = []
     for key, name, dense in (("train/loss", "training", True), ("eval/loss", "validation", False)):
         points = [(line["step"], line[key]) for line in lines if key in line]

@@ -10,7 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster import stage
 from cluster.artifacts import Workspace
+from cluster.carry import Carry
 from cluster.session import local_session
 from cluster.shards import ActorPool, map_blocks
 from components.drift_features import FeatureJob, feature_work, make_featurer, stores_of
@@ -55,6 +57,8 @@ def ensure_features(
     pixels = pixels_name(config.data.resolution_px)
     stores = stores_of(workspace.encoded, eye.identity, pixels)
     job = FeatureJob(eye.directory, workspace.encoded / pixels, *stores)
+    for store in stores:
+        stage.fetch_tree(store)
     new_pictures = set(pictures) - ShardStore(job.pictures).keys()
     stored = ShardStore(job.texts).keys()
     new_captions = {caption for caption in captions if caption_key(caption) not in stored}
@@ -64,19 +68,32 @@ def ensure_features(
     say(f"  encoding {len(new_pictures)} pictures and {len(new_captions)} captions with {eye.identity}")
     blocks = feature_work(new_pictures, new_captions, block_rows(total, config.placement))
     progress, done = progress_of("encoded", total), 0
-    for report in run_blocks(config, blocks, make_featurer, job, total):
+    carry = Carry.of(fetch=[job.pixels], keep=stores)
+    for report in run_blocks(config, blocks, make_featurer, job, (total, carry)):
         done += report["rows"][0].as_py()
         progress(done)
+    for store in stores:
+        stage.fetch_tree(store)
     return job
 
 
 def run_blocks(
-    config: Config, blocks: Sequence[pa.Table], make: Callable[[Any], Callable[[Any], Any]], job: Any, rows: int
+    config: Config,
+    blocks: Sequence[pa.Table],
+    make: Callable[[Any], Callable[[Any], Any]],
+    job: Any,
+    load: tuple[int, Carry],
 ) -> Iterator[pa.Table]:
-    """Yield `make(job)(block)` for every block: here where `rows` are a handful, else on Ray Data actors."""
+    """Yield `make(job)(block)` for every block: here where all rows are a handful, else on Ray Data actors.
+
+    `load` is the number of rows, and what the work reads and writes in a workspace on S3.
+    """
+    rows, carry = load
     if rows <= HANDFUL:
+        carry.before()
         yield from map(make(job), blocks)
+        carry.after()
         return
     placement = config.placement
     with local_session(placement):
-        yield from map_blocks(blocks, make, job, ActorPool(placement.workers, placement.cpus_per_worker))
+        yield from map_blocks(blocks, make, job, ActorPool(placement.workers, placement.cpus_per_worker), carry)

@@ -11,9 +11,9 @@ from typing import Any
 
 from cluster import storage
 from cluster.artifacts import Workspace, read_journal, read_record
-from cluster.champion import reigns
 from cluster.errors import RegistryError, StorageError, WorkerError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
+from cluster.reigns import reigns
 from components import arrivals as rules
 from components.arrivals import Arrivals
 from components.dataset import DatasetVersion, load_dataset

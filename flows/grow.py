@@ -18,7 +18,14 @@ from components.errors import DataError, InputError
 from components.listings import LISTING, Seen, read_listing, union
 from flows.config import Config
 from flows.console import say
-from flows.dataset_versions import complete_versions, named_version, now_text, pixel_store, store_version
+from flows.dataset_versions import (
+    complete_versions,
+    discard_pixels,
+    named_version,
+    now_text,
+    pixel_store,
+    store_version,
+)
 from flows.prepare import SourceFiles, check_rejections, examine_all
 
 
@@ -48,7 +55,7 @@ def grow(config: Config, parent: DatasetVersion, arrivals: Arrivals) -> DatasetV
         if bad:
             check_rejections(config, accepted, bad)
     except DataError:
-        pixel_store(config, workspace).discard(shards)
+        discard_pixels(config, workspace, shards)
         raise
     if not added:
         return parent

@@ -3,8 +3,9 @@
 from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
-from cluster.champion import PROMOTE, reigns, settle
+from cluster.champion import settle
 from cluster.registry import Registry
+from cluster.reigns import PROMOTE, reigns
 from flows.config import Config
 from flows.console import program, say
 

@@ -5,11 +5,11 @@ records, samples, reports and the registry's entry stay.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic
 from cluster.errors import RegistryError, StorageError, WorkerError
 from cluster.registry import (
@@ -26,6 +26,7 @@ from cluster.registry import (
     Registry,
     Version,
 )
+from cluster.whole_folders import remove_whole
 from components.errors import DataError, InputError, NonFiniteError
 from components.model_card import CARD, PICTURE, CardFacts, make_card
 from flows import reference
@@ -70,7 +71,7 @@ def write_card(
         reasons=reasons,
         lineage={words: version.tags[tag] for words, tag in LINEAGE.items() if tag in version.tags},
         recipe=settings.get("train", {}),
-        has_picture=(directory / PICTURE).is_file(),
+        has_picture=stage.fetch(directory / PICTURE),
     )
     write_bytes_atomic(directory / CARD, make_card(facts).encode())
     return directory / CARD
@@ -85,7 +86,7 @@ def pin_reference(config: Config, number: int) -> None:
 
 
 def has_card(registry: Registry, version: Version) -> bool:
-    return (registry.directory_of(version) / CARD).is_file()
+    return stage.fetch(registry.directory_of(version) / CARD)
 
 
 def delete_weights(workspace: Workspace, registry: Registry, name: str, retired: Sequence[Version]) -> dict[str, int]:
@@ -99,9 +100,10 @@ def delete_weights(workspace: Workspace, registry: Registry, name: str, retired:
             continue
         run = pipeline.parent.parent == workspace.runs
         for folder in [pipeline.parent / part for part in WEIGHTS] if run else [pipeline]:
-            if folder.is_dir():
-                freed[str(folder)] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                shutil.rmtree(folder)
+            size = stage.size_bytes(folder)
+            if size is not None:
+                freed[str(folder)] = size
+                remove_whole(folder)
     return freed
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster import storage
+from cluster import stage
 from cluster.artifacts import Workspace, append_journal, read_journal
 from cluster.errors import StorageError
 from cluster.fencing import peek_fenced, read_fenced, write_fenced
 from cluster.lease import Lease
 
+FOLDER = "retrain"
 KEPT_REFUSALS = 1000
 MANUAL = "asked.json"
 
@@ -83,7 +84,7 @@ class Ledger:
 
     def save(self) -> None:
         self.confirm()
-        write_fenced(state_uri(self.workspace), asdict(self.state), self._token)
+        write_fenced(state_uri(self.workspace), stage.portable(asdict(self.state), self.workspace.root), self._token)
 
     def tell(self, event: str, key: Mapping[str, Any], **numbers: Any) -> dict[str, Any]:
         """Journal a line unless one with this event and key is there; return it, as it is there."""
@@ -109,21 +110,25 @@ class Ledger:
         others = [one for one in self.state.spent if (one["cycle"], one["what"]) != (cycle, what)]
         self.state.spent = [*others, entry]
 
+    def gpu_hours_of(self, cycle: str, what: str) -> float:
+        """What was noted of a cycle's search or training so far."""
+        return sum(one["gpu_hours"] for one in self.state.spent if (one["cycle"], one["what"]) == (cycle, what))
+
     def refuse(self, attempt: dict[str, Any]) -> None:
         """Remember an attempt that must not be made again. Not saved yet."""
         self.state.refused = [*self.state.refused, attempt][-KEPT_REFUSALS:]
 
 
 def lease_place(workspace: Workspace) -> str:
-    return storage.join(str(workspace.root), "retrain", "lease")
+    return workspace.place(FOLDER, "lease")
 
 
 def state_uri(workspace: Workspace) -> str:
-    return storage.join(str(workspace.root), "retrain", "state.json")
+    return workspace.place(FOLDER, "state.json")
 
 
 def asked_uri(workspace: Workspace) -> str:
-    return storage.join(str(workspace.root), "retrain", MANUAL)
+    return workspace.place(FOLDER, MANUAL)
 
 
 def look_at(workspace: Workspace) -> State:

@@ -8,23 +8,21 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster import storage
 from cluster.artifacts import Workspace
 from cluster.errors import StorageError
 from cluster.fencing import peek_fenced
 from cluster.lease import Lease, read_lease
+from flows.ledger import lease_place, state_uri
 
-FOLDER = "retrain"
 Line = Mapping[str, Any]
 
 
 def loop_of(workspace: Workspace, journal: Sequence[Line]) -> dict[str, Any] | None:
     """Who runs the loop, its cycle and stage, its last verdict, decision and cycle; None where there never was one."""
-    folder = storage.join(str(workspace.root), FOLDER)
     problem, state, lease = "", None, None
     try:
-        lease = read_lease(storage.join(folder, "lease"))
-        state = peek_fenced(storage.join(folder, "state.json"))
+        lease = read_lease(lease_place(workspace))
+        state = peek_fenced(state_uri(workspace))
     except StorageError as error:
         problem = str(error)
     found: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster import stage
 from cluster.artifacts import Workspace, read_json, read_record
 from components.dataset import CARD, MANIFEST
 from components.timeline import tell
@@ -87,7 +88,7 @@ def _new_rows(workspace: Workspace, dataset_id: str, parent: str | None) -> pa.T
     tables = []
     for name in [dataset_id, *([parent] if parent else [])]:
         path = workspace.dataset_dir(name) / MANIFEST
-        if not is_name(name) or not path.is_file():
+        if not is_name(name) or not stage.fetch(path):
             return None
         tables.append(pq.read_table(path, columns=["sha256", "source", "first_seen"]))
     if parent is None:

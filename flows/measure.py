@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cluster import stage
 from cluster.artifacts import Workspace, write_bytes_atomic
 from components import objective
 from components.clip_encoder import ClipEncoder
@@ -77,6 +78,7 @@ def held_out(config: Config, workspace: Workspace, dataset: DatasetVersion) -> H
             f" {dataset.id}; add pictures or raise data.test_fraction"
         )
     pixels = workspace.encoded / pixels_name(config.data.resolution_px)
+    stage.fetch_tree(pixels)
     return HeldOut(dataset, items[:MAX_LOSS_PICTURES], items[: config.evaluate.prompts], pixels)
 
 
@@ -116,7 +118,7 @@ def _ensure_losses(workspace: Workspace, directory: Path, fingerprint: str, data
         return np.empty((0, objective.NUM_BANDS))
     given = [data.pixels.name, PREPROCESSING_VERSION, [(item.sha256, item.caption) for item in data.pictures]]
     path = workspace.reports / "measured" / f"losses-{fingerprint_of([VERSION, fingerprint, given])}.npy"
-    if path.exists():
+    if stage.fetch(path):
         losses_NK: np.ndarray = np.load(path, allow_pickle=False)
         return losses_NK
     say(f"  {directory}: {len(data.pictures)} pictures to denoise")
@@ -131,7 +133,7 @@ def _ensure_losses(workspace: Workspace, directory: Path, fingerprint: str, data
 def features_of(workspace: Workspace, encoder: ClipEncoder, pixels: Path, keys: Sequence[str]) -> np.ndarray:
     """Features (N, D) of stored pictures, row i for keys[i], computed once for an encoder and a list of pictures."""
     path = workspace.encoded / f"features-{encoder.identity}-{pixels.name}" / f"{table_name('pictures', keys)}.npy"
-    if path.exists():
+    if stage.fetch(path):
         kept: np.ndarray = np.load(path, allow_pickle=False)
         return kept
     row_of = {key: row for row, key in enumerate(keys)}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.artifacts import Workspace, disk_message, open_workspace, read_record
+from cluster import stage
+from cluster.artifacts import Workspace, disk_message, finished, open_workspace, read_record
 from cluster.errors import RegistryError, StorageError
 from cluster.registry import (
     TAG_BASE,
@@ -26,8 +27,9 @@ from cluster.registry import (
     Version,
 )
 from cluster.storage import FileEntry, is_s3, list_files, open_input
+from cluster.whole_folders import fetch_whole, keep_whole
 from components.errors import InputError
-from components.models import family_of, model_fingerprint
+from components.models import embedded_base, family_of, model_fingerprint
 from flows.config import Config
 from flows.console import say
 
@@ -63,10 +65,13 @@ def resolve_model(config: Config, text: str) -> ResolvedModel:
     workspace = open_workspace(config.workspace)
     if text.startswith(REGISTERED):
         return _registered(open_registry(config), text)
+    text = stage.here(text, workspace.root)
     if is_s3(text):
         directory = _download(workspace, text)
         return ResolvedModel(directory, None, None, model_fingerprint(directory), text)
     directory = Path(text).expanduser().resolve()
+    if stage.address_of(directory) is not None:
+        fetch_whole(directory)
     if (directory / "model_index.json").is_file():
         return _directory(workspace, directory)
     names_a_run = text == Path(text).name != "" or directory.parent == workspace.runs
@@ -75,14 +80,25 @@ def resolve_model(config: Config, text: str) -> ResolvedModel:
     raise InputError(_not_found(workspace, text))
 
 
+def base_of(config: Config, workspace: Workspace) -> Path:
+    """Return the directory of the model that training starts from."""
+    if not config.model.base:
+        return embedded_base()
+    base = Path(stage.here(config.model.base, workspace.root)).expanduser().resolve()
+    if stage.address_of(base) is not None:
+        fetch_whole(base)
+    return base
+
+
 def keep_in_workspace(workspace: Workspace, model: ResolvedModel) -> Path:
     """Return a directory with the model that lives as long as the workspace, copying it there when it is outside."""
-    if model.directory.resolve().is_relative_to(workspace.root):
-        return model.directory.resolve()
-    kept = workspace.root / "models" / model.fingerprint
-    if not kept.is_dir():
-        _copy(_pipeline_files(str(model.directory)), kept)
-        say(f"copied the model into the workspace: {kept}")
+    kept = model.directory.resolve()
+    if not kept.is_relative_to(workspace.root):
+        kept = workspace.root / "models" / model.fingerprint
+        if not fetch_whole(kept):
+            _copy(_pipeline_files(str(model.directory)), kept)
+            say(f"copied the model into the workspace: {kept}")
+    keep_whole(kept)
     return kept
 
 
@@ -139,6 +155,7 @@ def _directory(workspace: Workspace, directory: Path) -> ResolvedModel:
 def _run(workspace: Workspace, run_id: str) -> ResolvedModel:
     record = read_record(workspace.run_dir(run_id)) or {}
     directory = workspace.run_dir(run_id) / record.get("pipeline", "pipeline")
+    fetch_whole(directory)
     lineage = {TAG_RUN: run_id, **_lineage(record)}
     mlflow_run_id = record.get("mlflow_run_id")
     return ResolvedModel(directory, run_id, None, model_fingerprint(directory), run_id, lineage, mlflow_run_id)
@@ -202,7 +219,7 @@ def _not_found(workspace: Workspace, text: str) -> str:
             f"model expected a diffusers directory (with model_index.json) at {text!r}, found a folder without it; pass"
             " a folder written by `pipeline.save_pretrained`"
         )
-    runs = sorted(path.parent.name for path in workspace.runs.glob("*/record.json"))
+    runs = sorted(path.name for path in finished(workspace.runs))
     if text and workspace.run_dir(text).is_dir():
         return (
             f"run {text!r} expected to be finished, found no record.json in {workspace.run_dir(text)}; give the same"

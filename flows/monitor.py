@@ -8,11 +8,11 @@ spends is written down before its verdict is told. One lease: two monitors of a 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluster import stage
 from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
 from cluster.fencing import read_fenced, write_fenced
 from cluster.lease import hold_lease
@@ -52,15 +52,15 @@ def run(
     workspace = open_workspace(config.workspace)
     _check_source(config)
     champion_data(config, workspace, champion_of(config, workspace))
-    place = workspace.root / MONITOR / "looks" / config.name
-    with hold_lease(place / "lease", MONITOR, TTL_S, WAIT_S, notify=say) as confirm:
+    lease, state_at = (workspace.place(MONITOR, "looks", config.name, name) for name in ("lease", "state.json"))
+    with hold_lease(lease, MONITOR, TTL_S, WAIT_S, notify=say) as confirm:
         champion = champion_of(config, workspace)  # it may have changed while another monitor was at work
         parent = champion_data(config, workspace, champion)
         step(f"monitor: {config.data.source} against {champion.uri} ({parent.id})")
         reference, eye = pin(config, champion.number), monitor_eye(config)
         config = with_overrides(config, {"data.resolution_px": reference.resolution_px})
         token = confirm().token
-        state = read_fenced(str(place / "state.json"), token) or {}
+        state = read_fenced(state_at, token) or {}
         _finish_line(workspace, state)
         state = _state_for(reference, state)
         sides, at = _sides(config, workspace, eye, (champion, parent, reference), state, (wait, at, cursor))
@@ -68,9 +68,9 @@ def run(
         if result["tested"] or result["verdict"] != state["told"]:
             line = {key: value for key, value in result.items() if key not in ("cursor", "attributions")}
             state |= {"told": result["verdict"], "line": {"name": config.name, **line}}
-        write_fenced(str(place / "state.json"), state, confirm().token)
+        write_fenced(state_at, state, confirm().token)
         _finish_line(workspace, state)
-    _tell(config, result)
+    _tell(config, workspace, result)
     return result
 
 
@@ -184,7 +184,8 @@ def _look(
     kept = numbers_of(found, config) | {"attributions": attributions(explained, compared)}
     result = {**kept, **numbers, "tested": tested, "spent": spent.spent, "reasons": [*found.reasons, *notes]}
     past = _lines(workspace, config.name)
-    kept["report"] = result["report"] = str(write_report(config, workspace, (found, compared, explained), result, past))
+    page = write_report(config, workspace, (found, compared, explained), result, past)
+    kept["report"] = result["report"] = stage.portable(str(page), workspace.root)
     return result, {**state, "ledger": asdict(spent), "last": kept, "keys": _asked(config, sides), "gone": 0}
 
 
@@ -235,7 +236,7 @@ def _notes(sides: Sides) -> list[str]:
     return notes
 
 
-def _tell(config: Config, result: Mapping[str, Any]) -> None:
+def _tell(config: Config, workspace: Workspace, result: Mapping[str, Any]) -> None:
     heads = {"drift": "DRIFT", "no_drift": "no drift", "not_enough_data": "not enough data"}
     say(f"\nverdict: {heads[result['verdict']]}")
     for reason in result["reasons"]:
@@ -246,8 +247,11 @@ def _tell(config: Config, result: Mapping[str, Any]) -> None:
         f" false alarms to be expected so far: {result['spent']:.3g} of {config.monitor.false_alarms_per_year:g} a year"
     )
     if result["report"]:
-        say(f"report: {result['report']}" + ("" if result["tested"] else " (of the last test)"))
+        say(
+            f"report: {stage.here(result['report'], workspace.root)}"
+            + ("" if result["tested"] else " (of the last test)")
+        )
     if result["verdict"] == "drift":
-        say(f"next: look at the report, then: {program()} retrain --once --workspace {Path(config.workspace)}")
+        say(f"next: look at the report, then: {program()} retrain --once --workspace {config.workspace}")
     else:
         say("next: the same command, when more has arrived")

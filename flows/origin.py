@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Workspace
-from cluster.champion import PROMOTE, reigns
 from cluster.errors import RegistryError
 from cluster.registry import TAG_COMMIT, TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_PARENT, TAG_RUN, Registry
+from cluster.reigns import PROMOTE, reigns
 from flows.config import Config
 
 Facts = Mapping[str, Any]

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.api_errors import ApiError, later, once
 from cluster.artifacts import open_workspace
 from cluster.painter_contract import Job, MakeEvent, PaintEvent, Receiver
@@ -22,7 +23,7 @@ from components.errors import DeadlineError, InputError, QueueFullError
 from components.retouch import ENLARGES, RETOUCHES
 from components.safety import Safety, open_safety
 from components.sampler import PictureRequest
-from components.signing_key import Signer, open_signer
+from components.signing_key import PUBLIC_SUFFIX, Signer, open_signer
 from components.start_pictures import make_start
 from flows.config import Config
 from flows.finish import Finisher
@@ -36,8 +37,6 @@ from flows.swap import WARM_UP, Lineup, Loaded, VersionSettings, can_draw, warm_
 FACTORY = "flows.paint:make_painter"
 WARM_UP_LIMIT_S = 120.0
 CANCELLED_STATUS = 499
-LEAST_DEADLINE_S = 0.001
-"""What the engine is told of a deadline that has passed: it refuses it."""
 
 
 class EnginePainter:
@@ -246,14 +245,14 @@ def make_painter(
     """
     judges = open_safety(**safety)
     signer = open_signer(Path(keys))
+    for public in Path(keys).glob(f"*{PUBLIC_SUFFIX}"):
+        stage.keep(public)
     lineup = Lineup(model, EngineLimits(**limits), VersionSettings(**(versions or {})))
     return EnginePainter(lineup, judges, signer, LateEncoder(clip))
 
 
 def _request(job: Job, start: StartPicture | None) -> DrawRequest:
-    order, left_s = job.order, None
-    if order.deadline_s is not None:  # the engine counts from now
-        left_s = max(LEAST_DEADLINE_S, job.arrived + order.deadline_s - time.monotonic())
+    order = job.order
     return DrawRequest(
         job.request_id,
         tuple(PictureRequest(**row) for row in order.rows),
@@ -261,7 +260,8 @@ def _request(job: Job, start: StartPicture | None) -> DrawRequest:
         start=start,
         key=job.key,
         priority=order.weight,
-        deadline_s=left_s,
+        deadline_s=order.deadline_s,
+        waited_s=time.monotonic() - job.arrived,
         partial_images=order.partial_images if order.stream else 0,
         progress=job.timed,
     )

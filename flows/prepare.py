@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cluster import artifacts, storage
+from cluster import artifacts, stage, storage
 from cluster.artifacts import Workspace
+from cluster.carry import Carry
 from cluster.redaction import redacted
 from cluster.session import local_session
 from cluster.shards import ActorPool, map_blocks
@@ -27,7 +28,15 @@ from components.recipe import trains_text
 from components.sources import Candidate, Listed
 from flows.config import Config
 from flows.console import say, step
-from flows.dataset_versions import complete_versions, named_version, now_text, pixel_store, store_listing, store_version
+from flows.dataset_versions import (
+    complete_versions,
+    discard_pixels,
+    named_version,
+    now_text,
+    pixel_store,
+    store_listing,
+    store_version,
+)
 from flows.encode import block_rows, ensure_encoded, progress_of
 
 
@@ -123,7 +132,7 @@ def ensure_dataset(config: Config) -> DatasetVersion:
         check_rejections(config, accepted, rejected)
         _check_splits(config, accepted, len(accepted) + len(rejected))
     except DataError:
-        pixel_store(config, workspace).discard(new_shards)
+        discard_pixels(config, workspace, new_shards)
         raise
     dataset = _write_version(config, workspace, source, accepted, rejected)
     numbers = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLITS)
@@ -195,10 +204,10 @@ def _candidates(config: Config, source: Source) -> list[Candidate]:
 
 
 def _find(config: Config, source: Source) -> DatasetVersion | None:
-    workspace = Workspace(Path(config.workspace).expanduser().resolve())
+    workspace = artifacts.workspace_at(config.workspace)
     for directory in complete_versions(config, workspace):
-        record = artifacts.read_record(directory) or {}
-        if source.snapshot in record["snapshots"]:
+        record = artifacts.read_json(directory / artifacts.RECORD) or {}
+        if source.snapshot in record["snapshots"] and artifacts.read_record(directory) is not None:
             dataset = versions.load_dataset(directory)
             stored = pixel_store(config, workspace).keys()
             if all(item.sha256 in stored for item in dataset.items):
@@ -225,10 +234,11 @@ def examine_all(
     shards: set[str] = set()
     progress = progress_of("examined", len(candidates))
     with local_session(config.placement) if blocks else nullcontext():
-        for report in map_blocks(blocks, examine.make_examiner, job, pool):
+        for report in map_blocks(blocks, examine.make_examiner, job, pool, Carry.of(keep=[job.pixels])):
             found += examine.read_found(report)
             shards.update(report["shard"].to_pylist())
             progress(len(found))
+    stage.keep_tree(job.pixels)
     return found, shards - {""}
 
 

@@ -71,9 +71,11 @@ def watch(
     version: int,
     before: dict[str, Any] | None = None,
     notify: Notify = say,
-    decay: Decay | None = None,
+    decay: Callable[[], Decay | None] = lambda: None,
 ) -> dict[str, Any]:
     """Watch the new champion for `retrain.watch_s`; `before` is what the former one did, None where that is not known.
+
+    `decay` is asked once, at the end: losses of both versions on pictures that came since the gate decided.
 
     Returns {"decision": keep, roll_back or not_enough_requests, "reasons", "numbers": {"before", "after", "checks"}}.
     """
@@ -116,11 +118,15 @@ def try_out(config: Config, version: int, notify: Notify = say) -> dict[str, Any
         problem = _wait_until_drawn(config, url, "challenger", version)
         if problem:  # memory for two may be missing, which says nothing about the version
             return _told(TOO_FEW, problem, "nothing was tried")
-        return _compare(config, url, ("champion", "challenger"), None, None)
+        return _compare(config, url, ("champion", "challenger"), None, lambda: None)
 
 
 def _compare(
-    config: Config, url: str, roles: tuple[str, str], before: dict[str, Any] | None, decay: Decay | None
+    config: Config,
+    url: str,
+    roles: tuple[str, str],
+    before: dict[str, Any] | None,
+    decay: Callable[[], Decay | None],
 ) -> dict[str, Any]:
     """Look LOOKS times; the first that shows the new version to be worse ends it. `roles` are (former, new)."""
     section, gate = config.retrain, config.gate
@@ -144,7 +150,7 @@ def _compare(
         if roles[0]:
             before = numbers_of(roles[0], counts)
         after = Numbers(**numbers_of(roles[1], counts))
-        found = judge(None if before is None else _numbers(before), after, limits, decay)
+        found = judge(None if before is None else _numbers(before), after, limits, decay() if turn == LOOKS else None)
         if found.decision == ROLL_BACK:
             break
     numbers = {"before": before, "after": asdict(after), "checks": [asdict(check) for check in found.checks]}

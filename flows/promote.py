@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.artifacts import Workspace, append_journal, open_workspace
-from cluster.champion import NO_CHAMPION, PROMOTE, RETIRE, Move, drop_challenger, move_champion, retire, settle
+from cluster.champion import NO_CHAMPION, RETIRE, Move, drop_challenger, move_champion, retire, settle
 from cluster.errors import ChampionMovedError, RegistryError
 from cluster.judging import judging
 from cluster.registry import (
@@ -22,6 +22,7 @@ from cluster.registry import (
     Registry,
     Version,
 )
+from cluster.reigns import PROMOTE
 from components import decision_page
 from components.errors import NonFiniteError
 from components.evidence import Champion, Evidence, NewData

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import storage
+from cluster import stage, storage
 from cluster.artifacts import RECORD, Workspace, open_workspace, read_json, read_record, write_bytes_atomic
 from cluster.errors import RegistryError, StorageError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
@@ -168,7 +168,7 @@ def _pin(config: Config, workspace: Workspace, eye: Eye, version: Version, direc
         "files": files,
     }
     content = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
-    if not storage.put_if_absent(str(directory / RECORD), content):
+    if not storage.put_if_absent(stage.shared(directory / RECORD), content):
         record = read_record(directory) or record
     return record
 

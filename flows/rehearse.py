@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.artifacts import open_workspace
+from cluster.carry import Carry
 from cluster.errors import EndpointError
 from cluster.serving import ModelSource, endpoint, replica_memory_bytes
 from components.errors import NonFiniteError
@@ -43,7 +44,9 @@ def rehearse(config: Config, model: ResolvedModel) -> Served:
     settings = config.serve.model_copy(update={**alone, **plain, "blocklist_file": "", "safety_classifier": ""})
     arguments = painter_arguments(config.model_copy(update={"serve": settings}), model, device)
     workspace = open_workspace(config.workspace)
-    source = ModelSource(FACTORY, arguments, config.name, str(workspace.root))
+    source = ModelSource(
+        FACTORY, arguments, config.name, str(workspace.root), carry=Carry.of(keep=[workspace.captured])
+    )
     say(f"starting {model.name} on the serving path, beside what serves")
     began = time.monotonic()
     try:

@@ -34,7 +34,7 @@ OWNER = "fresco retrain"
 TOLD = ("trigger", "cycle")
 """Lines that webhook and command hear of."""
 ONCE_WAIT_S = 5.0
-POLL_S = 1.0
+POLL_S, S3_POLL_S = 1.0, 10.0
 AWAY = (StorageError, TrackingError, PlacementError, OSError)
 """Storage, tracking server or cluster do not answer: a standing loop goes on when they do."""
 
@@ -178,9 +178,10 @@ def _sleep(config: Config, ledger: Ledger) -> None:
     """Until the next look is due, or somebody asks for a retraining by hand."""
     deadline = time.monotonic() + config.retrain.look_every_s
     known = findings.asked(ledger.workspace)
+    poll_s = POLL_S if not storage.is_s3(ledger.workspace.uri) else S3_POLL_S
     while time.monotonic() < deadline:
-        time.sleep(min(POLL_S, config.retrain.look_every_s))
-        if findings.asked(ledger.workspace) != known:
+        time.sleep(min(poll_s, config.retrain.look_every_s))
+        if findings.asked(ledger.workspace) not in ("", known):
             return
 
 

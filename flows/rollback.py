@@ -9,10 +9,13 @@ from flows.config import Config
 from flows.console import say
 
 
-def run(config: Config, reason: str = "") -> dict[str, Any]:
-    """Swap champion and previous; a second roll-back undoes the first."""
+def run(config: Config, reason: str = "", expected: int | None = None) -> dict[str, Any]:
+    """Swap champion and previous; a second roll-back undoes the first.
+
+    ChampionMovedError, and nothing moved, where the champion is not the `expected` version.
+    """
     registry = Registry(open_workspace(config.workspace), config.placement.tracking_uri)
-    move = roll_back(registry, config.name, {"reasons": [reason or "on request"]}, notify=say)
+    move = roll_back(registry, config.name, {"reasons": [reason or "on request"]}, say, expected)
     champion, previous = move.champion, move.previous
     made = f"run {champion.tags.get(TAG_RUN)}, dataset {champion.tags.get(TAG_DATASET)}"
     say(f"champion of {config.name}: version {champion.number} again ({made})")

@@ -16,6 +16,7 @@ from torch import Tensor
 from cluster import telemetry
 from cluster.checkpoints import CheckpointReader, CheckpointWriter, newest_complete, read_state, tensors_of
 from cluster.engine import MASTER, Engine
+from cluster.whole_folders import keep_whole
 from cluster.workers import WorkerContext, peak_memory_bytes
 from components.ema import Ema
 from components.freezing import export
@@ -148,6 +149,7 @@ class RunWeights:
         export(load_parts(base), weights, plan, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        keep_whole(target)
 
     def _best(self, checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         reader = CheckpointReader(checkpoint)

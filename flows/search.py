@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster import telemetry, workers
+from cluster import stage, telemetry, workers
 from cluster.artifacts import read_json, read_record, write_json_atomic
 from cluster.crew import Crew, report_of
 from cluster.errors import TrackingError, WorkerError
@@ -94,6 +94,7 @@ class Search:
             return str(known["run_id"])
         params = {"dataset": self.inputs.dataset.id, **self.config.model_dump(exclude={*AFTER_A_RUN, "workspace"})}
         artifacts = self.inputs.workspace.root / "mlartifacts"
+        params = stage.portable(params, self.inputs.workspace.root)
         name = f"search {self.directory.name}"
         run_id = telemetry.start_run(self.uri, self.config.name, name, params, artifacts)
         write_json_atomic(self.directory / "mlflow.json", {"run_id": run_id})
@@ -209,9 +210,10 @@ class Search:
         target = job.directory / "samples" / FIRST_PICTURES
         for other in self.jobs.values():
             drawn = other.directory / "samples" / FIRST_PICTURES
-            if drawn.exists() and not target.exists():
+            if not stage.fetch(target) and stage.fetch(drawn):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(drawn, target)
+                stage.keep(target)
         self.jobs[trial.number] = job
         return job
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster import stage
 from cluster.artifacts import append_line, read_events
 from cluster.proposals import COMPLETE, FAILED, STOPPED, Told
 from components.search_results import OWN
@@ -142,11 +143,10 @@ class SearchRecord:
 
 def earlier_trials(searches: Path, family: str, except_for: Path) -> Iterator[Told]:
     """Yield the ended trials of the workspace's other searches on a family of models, oldest search first."""
-    for path in sorted(searches.glob(f"*/{TRIALS}"), key=lambda found: found.stat().st_mtime):
-        if path.parent == except_for:
-            continue
-        facts = next((event for event in read_events(path) if event["event"] == "search"), None)
+    logs = [(read_events(folder / TRIALS), folder) for folder in stage.folders(searches) if folder != except_for]
+    for events, folder in sorted((log for log in logs if log[0]), key=lambda log: str(log[0][-1]["time"])):
+        facts = next((event for event in events if event["event"] == "search"), None)
         if facts is not None and facts["family"] == family:
-            for trial in SearchRecord(path.parent).trials:
+            for trial in SearchRecord(folder).trials:
                 if trial.ended:
                     yield trial.told(facts["steps"])

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from cluster import stage
 from cluster.artifacts import write_bytes_atomic, write_json_atomic
 from components.search_page import Search, make_search_page
 from components.search_results import Trial
@@ -25,8 +26,9 @@ def write_report(config: Config, inputs: Inputs, record: SearchRecord, results: 
     best = next(trial for trial in trials if trial.run_id == results["best"]["run_id"])
     pictures = {}
     for trial in trials:
-        sheets = sorted((inputs.workspace.run_dir(trial.run_id) / "samples").glob("step-*.png"))
-        if sheets:
+        samples = stage.files(inputs.workspace.run_dir(trial.run_id) / "samples", ".png")
+        sheets = [path for path in samples if path.name.startswith("step-")]
+        if sheets and stage.fetch(sheets[-1]):
             with Image.open(sheets[-1]) as sheet:
                 sheet.thumbnail((SHEET_PX, SHEET_PX))
                 pictures[trial.number] = sheet.convert("RGB")

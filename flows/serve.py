@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flows
+from cluster import stage
 from cluster.api_keys import check_exposure, is_loopback
-from cluster.artifacts import Workspace, open_workspace, read_json, write_json_atomic
+from cluster.artifacts import Workspace, finished, open_workspace, read_json, write_json_atomic
+from cluster.carry import Carry
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.placement import ServeSection
@@ -99,8 +101,8 @@ def champion_of(config: Config, workspace: Workspace) -> Version:
     champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
     if champion is not None:
         return champion
-    runs = sorted(workspace.runs.glob("*/record.json"), key=lambda path: path.stat().st_mtime)
-    which = runs[-1].parent.name if runs else "RUN_ID (fresco train makes a run)"
+    runs = finished(workspace.runs)
+    which = runs[-1].name if runs else "RUN_ID (fresco train makes a run)"
     raise RegistryError(
         f"models:/{config.name}@champion expected in the registry, found no champion; run: fresco promote {which}"
     )
@@ -117,7 +119,8 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
         step(f"serving models:/{model.name}/{model.version} ({model.run_id or model.directory})")
         say(f"starting Ray and loading the model (ready within {config.serve.ready_limit_s:.0f} s)")
         follower = Follower(config, workspace, model)
-        source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
+        carry = Carry.of(keep=[workspace.captured])
+        source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow, carry)
         with endpoint(source, config.serve, config.placement) as url:
             _say_ready(follower.write_record(told_url(config.serve, url), os.getpid(), model.version))
             try:
@@ -149,13 +152,13 @@ def _watch(url: str, confirm: Any, follower: "Follower", every_s: float) -> None
 def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
     """Start the same verb as the leader of its own session and wait until it is ready."""
     folder = workspace.root / "serving"
-    written = config.model_copy(update={"workspace": str(workspace.root)}).model_dump(mode="json")
+    written = config.model_copy(update={"workspace": workspace.uri}).model_dump(mode="json")
     write_json_atomic(folder / "config.yaml", written)  # JSON is YAML
     log = folder / "serve.log"
     package = str(Path(flows.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     # The workspace is named too: FRESCO_WORKSPACE in the environment would win over the file.
-    options = ["--config", str(folder / "config.yaml"), "--workspace", str(workspace.root)]
+    options = ["--config", str(folder / "config.yaml"), "--workspace", workspace.uri]
     with log.open("wb") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "flows", "serve", *options],
@@ -219,8 +222,8 @@ def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
     record = read_json(_record(workspace)) or {"url": None, "model_version": None}
     holder = server_of(workspace)
     if holder is None:
-        _record(workspace).unlink(missing_ok=True)
-        say(f"no endpoint runs for {workspace.root}")
+        stage.remove(_record(workspace))
+        say(f"no endpoint runs for {workspace.uri}")
         return {**_result({**record, "pid": None}), "stopped": False}
     if holder.host != os.uname().nodename:
         raise EndpointError(f"endpoint expected on this machine, found {describe(holder)}; end it there")
@@ -256,7 +259,7 @@ def remove_record(workspace: Workspace, pid: int) -> None:
     """Take our endpoint.json away; one that a successor wrote meanwhile stays."""
     record = read_json(_record(workspace))
     if record is not None and record["pid"] == pid:
-        _record(workspace).unlink(missing_ok=True)
+        stage.remove(_record(workspace))
 
 
 def told_url(settings: ServeSection, url: str) -> str:
@@ -264,9 +267,9 @@ def told_url(settings: ServeSection, url: str) -> str:
     return settings.public_url.rstrip("/") if settings.public_url and not is_loopback(settings.host) else url
 
 
-def lock_of(workspace: Workspace) -> Path:
+def lock_of(workspace: Workspace) -> str:
     """Whose lease says which process looks after the workspace's endpoint."""
-    return workspace.root / "locks" / "endpoint.lock"
+    return workspace.place("locks", "endpoint.lock")
 
 
 def _tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.api_keys import check_exposure
 from cluster.artifacts import open_workspace
+from cluster.carry import Carry
 from cluster.errors import StorageError
 from cluster.lease import hold_lease
 from cluster.registry import CHAMPION
@@ -58,7 +59,8 @@ def app(arguments: AppArguments) -> Any:
     champion_of(config, workspace)
     model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")
     follower = Follower(config, workspace, model)
-    source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow)
+    carry = Carry.of(keep=[workspace.captured])
+    source = ModelSource(FACTORY, follower.arguments, config.name, str(workspace.root), follower.follow, carry)
     beside = {"function": FOLLOW, "arguments": arguments.model_dump()}
     return make_application(source, config.serve, beside)
 

@@ -46,7 +46,7 @@ def key_of(arrival: Arrival) -> str:
 
 
 def address(workspace: Workspace, cycle: str) -> str:
-    return storage.join(str(workspace.root), "retrain", "cycles", f"{cycle}.json")
+    return workspace.place("retrain", "cycles", f"{cycle}.json")
 
 
 def _arrival(value: dict[str, Any]) -> Arrival:

@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.artifacts import Workspace, read_journal, read_json, read_record
-from cluster.champion import PROMOTE
 from cluster.endpoint_numbers import Look
-from cluster.errors import RegistryError
+from cluster.errors import RegistryError, StorageError
 from cluster.registry import CHAMPION, Registry
+from cluster.reigns import PROMOTE
 from components.dataset import CARD, DatasetVersion
+from components.probation import Decay
 from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.continual import continued
 from flows.dataset_versions import named_version
-from flows.findings import look_at_source, new_images, parent_of
+from flows.decay import decay_beside
+from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of
 from flows.ledger import Cycle, Ledger
 from flows.models import ResolvedModel, resolve_model
 from flows.serve import endpoint_of
@@ -132,14 +134,19 @@ def train_run(desk: Desk) -> dict[str, Any]:
             return {"run_id": run_id, "repeated": True, "ends": REFUSED, "reasons": [why]}
     desk.cycle.run_id = run_id
     known = read_record(desk.workspace.run_dir(run_id)) is not None
+    before = desk.ledger.gpu_hours_of(desk.cycle.id, "train")  # of attempts that were interrupted
     if not known:
-        desk.ledger.spend(desk.cycle.id, "train", config.train.steps, 0.0)  # also owed when we do not live to see it
+        desk.ledger.spend(desk.cycle.id, "train", config.train.steps, before)  # also owed when we do not live to see it
     desk.ledger.save()
     began = time.monotonic()
-    result = train.run(config)
-    if not known:
-        hours = gpu_hours(config, time.monotonic() - began)
-        desk.ledger.spend(desk.cycle.id, "train", result["steps"], hours)
+    steps = config.train.steps
+    try:
+        result = train.run(config)
+        steps = result["steps"]
+    finally:  # what failed has cost as much
+        if not known:
+            hours = gpu_hours(config, time.monotonic() - began)
+            desk.ledger.spend(desk.cycle.id, "train", steps, before + hours)
     keys = ("run_id", "steps", "eval_loss_first", "eval_loss_last", "images_per_s")
     facts = {"base": config.model.base or "embedded", "anchor": not desk.first and not config.train.replay_of}
     replay = {"replay_fraction": config.train.replay_fraction, "drift": desk.cycle.drift}
@@ -251,9 +258,22 @@ def watch(desk: Desk) -> dict[str, Any]:
     version = desk.result("gate")["version"]
     if not is_champion(desk, version):
         return {"verdict": probation.KEEP, "why": REPLACED, "compared": {}}
-    found = probation.watch(desk.config, version, desk.cycle.before, say)
+    found = probation.watch(desk.config, version, desk.cycle.before, say, lambda: _decay_since(desk, version))
     numbers = {"verdict": found["decision"], "why": "; ".join(found["reasons"]), "compared": found["numbers"]}
     return {**numbers, "watch": ROLL_BACK} if found["decision"] == probation.ROLL_BACK else numbers
+
+
+def _decay_since(desk: Desk, version: int) -> Decay | None:
+    """Losses of both champions on what arrived since the data was frozen; None where they cannot be had."""
+    if desk.first:
+        return None
+    try:
+        seen = look_at_source(desk.config, desk.ledger, desk.dataset(), patient=False)
+        new = resolve_model(desk.config, f"models:/{desk.config.name}/{version}")
+        return None if seen is None else decay_beside(desk.config, desk.workspace, (desk.champion(), new), seen)
+    except (*CANNOT_SAY, StorageError) as error:
+        say(f"decay is not measured: {error}")
+        return None
 
 
 STAGES = {

@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
-from cluster.champion import reigns, settle
+from cluster.champion import settle
 from cluster.judging import judged_now
 from cluster.lease import Lease, read_lease
 from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_DATASET, TAG_RUN, TAG_SINCE, Registry, Version
+from cluster.reigns import reigns
 from cluster.serving import readiness
 from flows.config import Config
 from flows.console import program, say

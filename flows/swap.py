@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.api_errors import ApiError, later
-from cluster.free_memory import collect_memory, free_bytes, memory_turn
+from cluster.free_memory import NoTurnError, collect_memory, free_bytes, memory_turn
 from cluster.painter_contract import Job, SwappingError
 from cluster.request_shares import in_share
 from cluster.role_metrics import Role
@@ -169,6 +169,8 @@ class Lineup:
             else:
                 with memory_turn(self._turns, arguments["device"], TURN_LIMIT_S):
                     self._load_champion(arguments)
+        except NoTurnError:
+            raise
         except Exception:  # counted whatever it is, and handed on
             self.counts.swap_failures += 1
             raise
@@ -241,7 +243,7 @@ class Lineup:
                     raise MemoryError(reason)
                 self.challenger = self._add(wanted, self._drawing(wanted))
         except Exception as error:  # whatever a model's code raises, the champion draws on
-            self.counts.swap_failures += 1
+            self.counts.swap_failures += not isinstance(error, NoTurnError)
             version = wanted.get("facts", {}).get("model_version")
             raise RuntimeError(
                 f"the challenger, version {version}, could not be loaded ({type(error).__name__}: {error}); the"

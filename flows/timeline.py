@@ -4,6 +4,7 @@ Writes `reports/timeline.html`, with nothing to fetch, and `timeline.json`, whic
 else: it can be made at any time, also while the loop works, and from a workspace that was moved.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +14,9 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from cluster import stage
 from cluster.artifacts import Workspace, open_workspace, read_journal, write_bytes_atomic, write_json_atomic
-from cluster.champion import reigns
+from cluster.reigns import reigns
 from components.report import Card
 from components.story import Story
 from components.timeline import tell
@@ -57,7 +59,7 @@ def link_from(workspace: Workspace) -> Link:
     Journals hold absolute paths: in a workspace that was moved, the file of the same name in `reports` is meant.
     """
     folder = workspace.reports
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {path.name for path in stage.files(folder)}
 
     def link(named: str) -> str:
         name = Path(named).name
@@ -70,7 +72,7 @@ def _facts(workspace: Workspace, story: Story) -> dict[str, str]:
     first, last = story.span
     told = {"From": when(first), "To": when(last)} if story.entries else {}
     made = when(time.time())
-    return {"Workspace": workspace.root.name, **told, "Made": f"{made} UTC"}
+    return {"Workspace": workspace.uri.rpartition("/")[2], **told, "Made": f"{made} UTC"}
 
 
 def _numbers(story: Story) -> dict[str, int]:
@@ -87,12 +89,18 @@ def _pictures(workspace: Workspace, story: Story) -> list[Card]:
     for reign in reversed(story.reigns):
         if reign.run_id and reign.run_id not in seen and len(found) < MOST_PICTURES:
             seen.add(reign.run_id)
-            sheets = sorted((workspace.runs / Path(reign.run_id).name / "samples").glob("step-[0-9]*[0-9].png"))
+            sheets = _sheets(workspace.runs / Path(reign.run_id).name / "samples")
             picture = _small(sheets)
             if picture is not None:
                 label = f"step {int(sheets[-1].stem.removeprefix('step-'))}"
                 found.append(Card(f"Version {reign.version}", reign.run_id, ((label, picture),)))
     return found
+
+
+def _sheets(folder: Path) -> list[Path]:
+    """The sample sheets of a run in order, the last one on this machine."""
+    sheets = [path for path in stage.files(folder, ".png") if re.fullmatch(r"step-\d+", path.stem)]
+    return sheets if sheets and stage.fetch(sheets[-1]) else []
 
 
 def _small(sheets: Sequence[Path]) -> Image.Image | None:

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import telemetry, workers
-from cluster.artifacts import Workspace, open_workspace, read_json, read_record, write_json_atomic, write_record
+from cluster import stage, telemetry, workers
+from cluster.artifacts import (
+    Workspace,
+    fetch_parts,
+    open_workspace,
+    read_json,
+    read_record,
+    write_json_atomic,
+    write_record,
+)
 from cluster.checkpoints import CheckpointWriter
 from cluster.engine import MASTER
 from cluster.exchange import OVER, STEP
@@ -32,6 +40,7 @@ from flows.config import AFTER_A_RUN, Config, recipe_fingerprint
 from flows.console import program, say, step
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
+from flows.models import base_of
 from flows.prepare import ensure_dataset
 from flows.progress import RunProgress
 from flows.replay import check_parts, old_version
@@ -80,10 +89,11 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
             say(f"run {run_id}: complete with the same fingerprint, nothing to do")
             return dict(record["results"])
         data = ensure_encoded(config, inputs.dataset, inputs.base, with_text=not trains_text(config.train.freezing))
-        plan_name = config.train.freezing
         if config.train.warmup_steps >= config.train.steps:
             say(f"note: train.warmup_steps={config.train.warmup_steps} is no less than train.steps: no peak, no fall")
-        step(f"train: run {run_id} on {inputs.dataset.id}, plan {plan_name}, {config.train.steps} steps, {batch}")
+        step(
+            f"train: run {run_id} on {inputs.dataset.id}, plan {config.train.freezing}, {config.train.steps} steps, {batch}"
+        )
         job = open_job(config, inputs, data)
         started = time.monotonic()
         try:
@@ -105,9 +115,9 @@ def run(config: Config, execute: Execute = workers.run_group) -> dict[str, Any]:
 
 def open_inputs(config: Config) -> Inputs:
     """Find what the recipe is applied to; makes the dataset version when there is none. A Ray session must run."""
-    base = Path(config.model.base).expanduser().resolve() if config.model.base else embedded_base()
-    base_fingerprint = model_fingerprint(base)
     workspace = open_workspace(config.workspace)
+    base = base_of(config, workspace)
+    base_fingerprint = model_fingerprint(base)
     dataset, old = ensure_dataset(config), old_version(config)
     if old is None:
         return Inputs(workspace, dataset, base, base_fingerprint)
@@ -128,6 +138,7 @@ def open_job(
     if not mlflow_run_id or not telemetry.run_exists(uri, mlflow_run_id):
         params = {"dataset": inputs.dataset.id, **config.model_dump(exclude={*AFTER_A_RUN, "search", "workspace"})}
         artifacts = inputs.workspace.root / "mlartifacts"
+        params = stage.portable(params, inputs.workspace.root)
         mlflow_run_id = telemetry.start_run(uri, config.name, run_id, params, artifacts, parent)
         write_json_atomic(directory / "mlflow.json", {"run_id": mlflow_run_id})
     dataset_dir = inputs.dataset.directory
@@ -137,6 +148,7 @@ def open_job(
 def _record(job: Job, inputs: Inputs, seconds: float) -> dict[str, Any]:
     """Mark the run complete; return its results."""
     outcome = read_json(job.directory / "outcome.json") or {}
+    fetch_parts(job.directory)  # of workers on another machine
     results = {
         "run_id": job.directory.name,
         "checkpoint": str(job.directory / "pipeline"),
@@ -175,9 +187,9 @@ def plan(config: Config) -> list[str]:
     if base.is_dir():
         trained, frozen = _count(config.train, load_parts(base, only={"denoiser", "text_encoder"}))
         bf16 = config.train.precision == "bf16"
-        stage = choose_stage(config.placement, trained, frozen, bf16, workers.host_memory_bytes())
+        zero_stage = choose_stage(config.placement, trained, frozen, bf16, workers.host_memory_bytes())
         lines += [f"plan {config.train.freezing}: {trained:,} parameters train, {frozen:,} are frozen"]
-        lines += memory_table(trained, frozen, config.placement.workers, bf16, stage)
+        lines += memory_table(trained, frozen, config.placement.workers, bf16, zero_stage)
     else:
         lines.append(f"model.base {str(base)!r} is not here: no memory estimate")
     if config.train.replay_of:
@@ -212,7 +224,7 @@ def train_worker(job: Job) -> None:
     names = [name for name, _ in trainable(model)]
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    engine, stage = engine_of(job.config, model, (trained, frozen), here)
+    engine, zero_stage = engine_of(job.config, model, (trained, frozen), here)
     ema = Ema(engine.masters, train.ema_decay, train.average_with_base)
 
     # Data, the newest checkpoint, logs.
@@ -233,11 +245,11 @@ def train_worker(job: Job) -> None:
                 "step": progress.step,
                 "pids": pids,
                 "device": str(here.device),
-                "stage": stage,
+                "stage": zero_stage,
                 "trained": trained,
                 "frozen": frozen,
                 "resumed": bool(progress.step),
-                "memory": memory_table(trained, frozen, here.world_size, train.precision == "bf16", stage),
+                "memory": memory_table(trained, frozen, here.world_size, train.precision == "bf16", zero_stage),
             }
         )
 
@@ -251,7 +263,7 @@ def train_worker(job: Job) -> None:
                 progress.judge(seen[telemetry.EVAL_LOSS])
                 over = last or (train.patience > 0 and progress.bad_evals >= train.patience)
                 go_on = workers.report({STEP: float(progress.step), OVER: float(over), **seen})
-                drawn = over or not (go_on and job.pictures_at_end and watch.first_pictures.exists())
+                drawn = over or not (go_on and job.pictures_at_end and stage.fetch(watch.first_pictures))
                 if drawn:
                     watch.draw(progress.step, engine.forward)
             if train.patience and progress.best_step == progress.step:
@@ -288,4 +300,4 @@ def train_worker(job: Job) -> None:
     use_best = bool(train.patience) and progress.best_step != progress.step
     weights.export(job.base, train.freezing, use_best, here.rank)
     if here.rank == 0:
-        write_json_atomic(job.directory / "outcome.json", progress.outcome(stage, use_best))
+        write_json_atomic(job.directory / "outcome.json", progress.outcome(zero_stage, use_best))

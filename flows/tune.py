@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cluster import telemetry
+from cluster import stage, telemetry
 from cluster.artifacts import append_journal, read_record, write_record
 from cluster.crew import Crew
 from cluster.errors import WorkerError
@@ -144,7 +144,9 @@ def _finish_winner(config: Config, search: Search, crew: Crew) -> dict[str, Any]
             record.end(best, FAILED, f"{type(error).__name__}: {error}")
             continue
         trained[best.number] = {**result, "continued_from": continued_from}
-        for line in read_lines(search.inputs.workspace.run_dir(best.run_id) / "metrics.jsonl"):
+        log = search.inputs.workspace.run_dir(best.run_id) / "metrics.jsonl"
+        stage.fetch(log)
+        for line in read_lines(log):
             if telemetry.EVAL_LOSS in line:
                 record.report(best, line["step"], line[telemetry.EVAL_LOSS])
         record.end(best, COMPLETE)
@@ -157,7 +159,7 @@ def _conclude(config: Config, search: Search, winner: dict[str, Any]) -> dict[st
     for trial in record.trials:
         if read_record(workspace.run_dir(trial.run_id)) is None:
             for folder in ("checkpoints", "best"):
-                shutil.rmtree(workspace.run_dir(trial.run_id) / folder, ignore_errors=True)
+                stage.remove_tree(workspace.run_dir(trial.run_id) / folder)
     won = {"eval_loss": winner["eval_loss_last"], "checkpoint": winner["checkpoint"]}
     results: dict[str, Any] = {
         "search": search.directory.name,
@@ -209,6 +211,7 @@ def gaps(record: SearchRecord, runs: Path) -> list[float]:
     """Seconds from each trial's last evaluation to the next one's first step, of trials in a row in one command."""
     times = []
     for trial in record.trials:
+        stage.fetch(runs / trial.run_id / "metrics.jsonl")
         lines = read_lines(runs / trial.run_id / "metrics.jsonl")
         seen = [line["time_s"] for line in lines if telemetry.EVAL_LOSS in line and "time_s" in line]
         times.append((seen[0], seen[-1]) if seen else None)

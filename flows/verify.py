@@ -12,6 +12,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from cluster import stage
 from cluster.artifacts import open_workspace
 from components.errors import InputError
 from components.provenance import verify
@@ -54,7 +55,9 @@ def _trusted(config: Config, key: str | None) -> Mapping[str, Ed25519PublicKey]:
     """Public keys by id: the one that was named, else the workspace's."""
     if key:
         return read_public_key(Path(key).expanduser())
-    return read_public_keys(open_workspace(config.workspace).keys)
+    folder = open_workspace(config.workspace).keys
+    stage.fetch_tree(folder)
+    return read_public_keys(folder)
 
 
 def _read(path: Path) -> bytes:

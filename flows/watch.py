@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster import telemetry, workers
+from cluster import stage, telemetry, workers
 from components.batches import Captions, SplitData, cached_captions, live_captions
 from components.dataset import load_dataset
 from components.encode import open_latents, open_text
@@ -154,11 +154,12 @@ class Watch:
         self.directory.mkdir(parents=True, exist_ok=True)
         first = self.first_pictures
         width, height = pictures[0].size
-        if step == 0 or not first.exists():
+        if step == 0 or not stage.fetch(first):
             strip = Image.new("RGB", (width * len(pictures), height))
             for i, picture in enumerate(pictures):
                 strip.paste(picture, (i * width, 0))
             strip.save(first)
+            stage.keep(first)
         strip = Image.open(first)
         before = [strip.crop((i * width, 0, (i + 1) * width, height)) for i in range(len(pictures))]
         captions = [caption for _, caption in self.prompts]

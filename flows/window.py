@@ -15,6 +15,7 @@ import numpy as np
 
 from cluster import storage
 from cluster.artifacts import Workspace
+from cluster.carry import Carry
 from components import examine
 from components.arrivals import CHANGING, Arrival, Arrivals, Whole, is_table
 from components.dataset import DatasetVersion, Found
@@ -191,7 +192,7 @@ def _examined(
     tables: Counter[str] = Counter({names[one]: 0 for one in wanted if one.candidate.row_group >= 0})
     by_table = {files.uri(one.candidate.path): names[one] for one in wanted if one.candidate.row_group >= 0}
     sampled = []
-    for report in run_blocks(config, blocks, examine.make_examiner, job, total):
+    for report in run_blocks(config, blocks, examine.make_examiner, job, (total, Carry.of(keep=[pixels]))):
         for one in examine.read_found(report):
             if one.reason in WAITED_FOR or one.sha256 in known:
                 continue

@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.faults import Network
+    from tests.machines import Machines
 
 # Two cores: one thread for each process, and no advice from libraries in the output.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,3 +69,11 @@ def bucket(s3_network: "Network", monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{uuid.uuid4().hex[:8]}"
     s3.client().create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def machines(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Machines":
+    """Several machines with one workspace in that bucket."""
+    from tests.machines import Machines
+
+    return Machines(f"{bucket}/team/fresco", tmp_path / "machines", monkeypatch)

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import yaml
 
+from cluster import storage
 from components.emblems import example
 from components.images import to_png
 from flows.config import Config, load_config
 
 
-def arrive(source: Path, world: str, first: int, count: int) -> None:
-    """Put captioned emblems into the source folder."""
-    source.mkdir(parents=True, exist_ok=True)
+def arrive(source: str | Path, world: str, first: int, count: int) -> None:
+    """Put captioned emblems into the source, a folder or an s3:// prefix."""
     for index in range(first, first + count):
         picture, caption = example(world, 5, index)
-        (source / f"{world}-{index:04}.txt").write_text(caption)
-        (source / f"{world}-{index:04}.png").write_bytes(to_png(picture.resize((16, 16))))
+        storage.write_bytes_atomic(f"{source}/{world}-{index:04}.txt", caption.encode())
+        storage.write_bytes_atomic(f"{source}/{world}-{index:04}.png", to_png(picture.resize((16, 16))))
 
 
 def loop_config(folder: Path, base: Path, *overrides: str) -> Config:

@@ -36,8 +36,8 @@ def test_workspace_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PlacementError, match=r"writable folder, found '.*/file/ws'"):
         open_workspace(str(tmp_path / "file" / "ws"))
-    with pytest.raises(PlacementError, match=r"found 's3://bucket/prefix': .*not supported yet"):
-        open_workspace("s3://bucket/prefix")
+    with pytest.raises(PlacementError, match=r"a folder or s3://BUCKET/PREFIX, found 'gs://bucket/prefix'"):
+        open_workspace("gs://bucket/prefix")
 
 
 def test_atomic_write_makes_folders_and_replaces_without_leftovers(tmp_path: Path) -> None:

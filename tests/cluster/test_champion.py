@@ -12,7 +12,7 @@ import pytest
 
 from cluster import champion
 from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
-from cluster.champion import drop_challenger, move_champion, reigns, retire, roll_back, set_challenger, settle
+from cluster.champion import drop_challenger, move_champion, retire, roll_back, set_challenger, settle
 from cluster.errors import ChampionMovedError, RegistryError
 from cluster.judging import judging
 from cluster.lease import hold_lease
@@ -26,6 +26,7 @@ from cluster.registry import (
     TAG_SINCE,
     Registry,
 )
+from cluster.reigns import reigns
 
 KILL_LIMIT_S = 120
 
@@ -247,6 +248,16 @@ def test_roll_back_swaps_in_one_step_and_a_second_one_undoes_it(registry: Regist
     assert (line["event"], line["champion"], line["reasons"]) == ("rollback", 1, ["worse on prompts of users"])
     roll_back(registry, "fresco", {"reasons": []})
     assert aliases(registry) == (2, 1)
+
+
+def test_roll_back_of_a_version_that_is_not_the_champion_any_more_changes_nothing(registry: Registry) -> None:
+    for number in (1, 2):
+        move_champion(registry, "fresco", number)
+    with pytest.raises(ChampionMovedError, match="nothing was changed"):
+        roll_back(registry, "fresco", {"reasons": ["test"]}, expected=1)
+    assert aliases(registry) == (2, 1)
+    roll_back(registry, "fresco", {"reasons": ["test"]}, expected=2)
+    assert aliases(registry) == (1, 2)
 
 
 def test_roll_back_without_a_previous_or_its_files_changes_nothing(registry: Registry, workspace: Workspace) -> None:

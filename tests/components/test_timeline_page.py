@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from cluster.champion import reigns
+from cluster.reigns import reigns
 from components.report import Card
 from components.story import Entry, Look, Story, Stream
 from components.timeline import tell

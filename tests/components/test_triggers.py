@@ -44,6 +44,9 @@ WEEKLY = {"schedule": "0 3 * * 1"}
         (replace(ARRIVED, refused_images=500, drift=DRIFTED), {}, "wait", ["drift", "refused_before"]),
         (replace(ARRIVED, refused_images=301), {}, "wait", []),  # 199 are fresh
         (replace(ARRIVED, refused_images=300), {}, "retrain", ["new_images"]),
+        (replace(ARRIVED, refused_images=460, drift=DRIFTED), {}, "wait", ["drift", "refused_before"]),  # 40 < a tenth
+        (replace(ARRIVED, refused_images=450, drift=DRIFTED), {}, "retrain", ["drift"]),
+        (replace(QUIET, new_images=60, refused_images=50, drift=DRIFTED), {"min_new_images": 5}, "retrain", None),
         (replace(ARRIVED, refused_images=500, manual="--force"), {}, "retrain", ["manual"]),
         (replace(ARRIVED, problem="the bucket does not answer"), {}, "wait", ["new_images", "source"]),
         (replace(ARRIVED, last_tick=NOW - 3 * DAY), WEEKLY, "retrain", ["new_images", "schedule"]),

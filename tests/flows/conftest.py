@@ -47,7 +47,7 @@ def examined_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are examined in this process instead of on Ray actors."""
 
     def map_here(
-        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any
+        blocks: Iterable[Any], make: Callable[[Any], Callable[[Any], Any]], job: Any, pool: Any, carry: Any
     ) -> Iterator[Any]:
         return map(make(job), blocks)
 

@@ -1,9 +1,17 @@
 """Decay: the ratio of two mean losses with a bound that holds as often as it says."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from flows.decay import compare
+from cluster.artifacts import open_workspace
+from components.dataset import DatasetVersion
+from components.models import load_parts, save_parts
+from flows import arrivals, decay
+from flows.decay import compare, decay_beside
+from flows.models import resolve_model
+from tests.loop_world import arrive, loop_config
 
 
 def test_means_and_ratio_of_known_losses() -> None:
@@ -19,3 +27,27 @@ def test_bound_lies_below_the_true_ratio_in_about_95_of_100_samples() -> None:
         own, arrived = dice.gamma(16, 1 / 16, 64), 1.3 * dice.gamma(16, 1 / 16, 40)
         below += compare(own, arrived).low < 0.3
     assert 0.93 <= below / 2000 <= 0.97  # binomial: 0.95 +- 0.01 at two standard deviations, and the normal's own error
+
+
+def test_both_champions_denoise_the_same_arrivals_once(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = loop_config(tmp_path, tiny_base)
+    workspace = open_workspace(config.workspace)
+    worse = load_parts(tiny_base)
+    worse.denoiser.conv_out.bias.data.fill_(3.0)
+    save_parts(worse, tmp_path / "worse")
+    models = (resolve_model(config, str(tiny_base)), resolve_model(config, str(tmp_path / "worse")))
+    nobody = DatasetVersion("none", "0" * 12, tmp_path / "nowhere", ())
+
+    arrive(tmp_path / "source", "drifted", 0, decay.FEWEST - 1)
+    assert decay_beside(config, workspace, models, arrivals.look(config, nobody, settle_s=0)) is None
+    arrive(tmp_path / "source", "drifted", 100, 6)
+    seen = arrivals.look(config, nobody, settle_s=0)
+    found = decay_beside(config, workspace, models, seen)
+    assert found is not None and found.former_N.shape == found.new_N.shape == (decay.FEWEST + 5,)
+    assert (found.new_N > found.former_N).all()
+
+    monkeypatch.setattr(decay, "load_parts", None)  # nothing is measured again
+    again = decay_beside(config, workspace, models, seen)
+    assert again is not None and np.array_equal(again.new_N, found.new_N)

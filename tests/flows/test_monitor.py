@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, empty_registry: Path) -> Pat
     put(root / "shuffled", "base", range(ARRIVALS), captions=told[11:] + told[:11])
     config = config_of(workspace, "emblems://base?count=300&seed=3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "map_blocks", lambda blocks, make, job, pool: map(make(job), blocks))
+        patch.setattr(prepare, "map_blocks", lambda blocks, make, job, pool, carry: map(make(job), blocks))
         patch.setattr(prepare, "local_session", lambda placement: nullcontext())
         dataset = prepare.ensure_dataset(config)
     registry = Registry(open_workspace(str(workspace)))

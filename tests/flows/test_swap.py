@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.api_errors import ApiError
+from cluster.free_memory import NoTurnError
 from cluster.images_schema import ImagesRequest, make_order
 from cluster.painter_contract import Job, SwappingError
 from cluster.placement import ServeSection
@@ -20,6 +21,7 @@ from components.draw_requests import Done, DrawRequest, Event
 from components.engine_status import EngineLimits
 from components.models import make_tiny, save_parts
 from components.sampler import PictureRequest
+from flows import swap
 from flows.config import Config
 from flows.loaded_model import LoadedModel, load_model
 from flows.models import resolve_model
@@ -97,6 +99,24 @@ def finish(lineup: Lineup) -> None:
 
 def names(lineup: Lineup) -> list[str]:
     return list(lineup.engine.status().versions)
+
+
+def test_waiting_for_a_turn_at_memory_is_no_failure_of_the_version(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(models.lineup(models[1], challenger_share=0.5)) as lineup:
+        monkeypatch.setattr(swap, "memory_turn", never)
+        with pytest.raises(NoTurnError):
+            lineup.follow(models[2], None)
+        with pytest.raises(RuntimeError, match="the challenger, version 2, could not be loaded"):
+            lineup.follow(models[1], models[2])
+        assert lineup.counts.swap_failures == 0 and lineup.champion.version == 1
+
+
+@contextmanager
+def never(*_: Any, **__: Any) -> Iterator[None]:
+    raise NoTurnError("another replica loads a model")
+    yield
 
 
 def test_while_a_version_loads_requests_are_accepted_stepped_and_finished_by_the_one_before(models: Models) -> None:

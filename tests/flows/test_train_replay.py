@@ -79,6 +79,7 @@ def test_two_killed_workers_under_zero_2_and_one_plain_one_train_the_same_model(
     assert largest_difference(one, two) < 2e-3  # Adam's first steps magnify rounding; a moved weight moves by 1e-2
 
 
+@pytest.mark.slow
 def test_exported_weights_are_the_evaluated_ones_and_hold_the_bases_share(
     tiny_base: Path, workspace: Path, old: str
 ) -> None:

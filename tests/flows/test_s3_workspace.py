@@ -1,0 +1,220 @@
+"""A workspace on S3 with a tracking server: what one machine began another goes on with, promotes, serves and undoes.
+
+A machine is a stage folder of its own; workers of the shared Ray session know no AWS_* variables but those carried.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster import stage, storage
+from cluster.artifacts import open_workspace, read_journal, read_record
+from cluster.errors import StorageError
+from cluster.workers import read_lines
+from components.errors import InputError
+from flows import (
+    evaluate,
+    generate,
+    history,
+    monitor,
+    prepare,
+    promote,
+    retrain,
+    rollback,
+    serve,
+    status,
+    timeline,
+    train,
+)
+from flows.config import Config, load_config
+from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, TRUNCATE, Network, Rule
+from tests.loop_world import arrive, loop_config
+from tests.machines import Machines
+from tests.servers import free_port, mlflow_server
+
+SECRET = "not-to-be-seen-5f1e0c9a"
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    with mlflow_server(folder, f"sqlite:///{folder / 'mlflow.db'}", port):
+        yield f"http://127.0.0.1:{port}"
+
+
+def config_of(base: Path, workspace: str, tracking_uri: str, *overrides: str) -> Config:
+    return load_config(
+        overrides=[
+            f"model.base={base}",
+            "name=story",
+            "data.source=emblems://base?count=60&seed=3",
+            "data.resolution_px=16",
+            "data.test_fraction=0.2",
+            "train.steps=12",
+            "train.global_batch=4",
+            "train.freezing=denoiser",
+            "train.eval_every_steps=6",
+            "evaluate.prompts=4",
+            "evaluate.sampling_steps=2",
+            "evaluate.bootstrap=100",
+            "placement.workers=1",
+            "placement.engine=torch",
+            "placement.checkpoint_every_steps=4",
+            f"placement.tracking_uri={tracking_uri}",
+            "serve.default_steps=2",
+            "serve.follow_s=0.5",
+            *overrides,
+        ],
+        workspace=workspace,
+    )
+
+
+def weights_of(pipeline: Path) -> dict[str, Any]:
+    return {str(path.relative_to(pipeline)): load_file(path) for path in sorted(pipeline.rglob("*.safetensors"))}
+
+
+def test_a_workspace_on_s3_without_a_tracking_server_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^placement\.tracking_uri expected .*mlflow server"):
+        load_config(workspace="s3://bucket/prefix")
+
+
+@pytest.mark.slow  # training, an endpoint, and a tracking server
+def test_verbs_go_on_where_another_machine_stopped(
+    s3_network: Network,
+    tracking_uri: str,
+    ray_session: None,
+    tiny_base: Path,
+    machines: Machines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_of(tiny_base, machines.uri, tracking_uri)
+    here = config_of(tiny_base, str(tmp_path / "local"), tracking_uri, "name=alone")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+    # One machine prepares, trains, and is stopped in the middle of its second checkpoint.
+    machines.be("one")
+    s3_network.plan(Rule(SLOW_DOWN, 6, chance=0.1), Rule(LOST_ANSWER, 6, "PUT", 0.1), Rule(TRUNCATE, 6, "GET", 0.1))
+    prepared = prepare.run(config)
+    s3_network.plan(Rule(RESET, 1000, "PUT .*step-00000008/"))
+    with pytest.raises(StorageError, match="step-00000008"):
+        train.run(config)
+    s3_network.plan()
+    workspace = machines.be("one")
+    run_id = next(path.name for path in stage.folders(workspace.runs))
+    assert read_record(workspace.run_dir(run_id)) is None
+
+    # Another goes on from the first checkpoint; the result is that of a run that nothing happened to.
+    machines.be("two")
+    trained = train.run(config)
+    assert trained["run_id"] == run_id and trained["steps"] == 12
+    directory = open_workspace(config.workspace).run_dir(run_id)
+    log = read_lines(directory / "metrics.jsonl")
+    assert [line["resumed"] for line in log if "pids" in line] == [False, True]
+    assert [line["step"] for line in log if "eval/loss" in line] == [0, 6, 12]
+    alone = train.run(here)
+    assert {key: trained[key] for key in trained if key.startswith("eval")} == {
+        key: alone[key] for key in alone if key.startswith("eval")
+    }
+    same, other = weights_of(directory / "pipeline"), weights_of(Path(alone["checkpoint"]))
+    assert all(torch.equal(same[file][name], other[file][name]) for file in other for name in other[file])
+
+    # It promotes, and its disk is lost.
+    assert evaluate.run(config, run_id)["dataset"] == prepared["dataset"]
+    promoted = promote.run(config, run_id)
+    assert (promoted["decision"], promoted["champion"]) == ("promote", 1)
+    shutil.rmtree(machines.be("two").root)
+
+    # A third knows everything: it finds the run complete, draws, serves, promotes and rolls back.
+    machines.be("three")
+    again = train.run(config)
+    assert again["run_id"] == run_id and again["checkpoint"] == f"{config.workspace}/runs/{run_id}/pipeline"
+    known = status.run(config)
+    assert known["champion"]["run_id"] == run_id
+    assert [line["champion"] for line in history.run(config)["entries"]] == [1]
+    wish = generate.Wish(seed=5, steps=2)
+    local = generate.run(
+        config, ["a red circle"], str(tmp_path / "local-pictures"), wish, model="models:/story@champion"
+    )
+    served = serve.run(config, detach=True)
+    try:
+        machines.be("four")
+        remote = generate.run(config, ["a red circle"], str(tmp_path / "pictures"), wish)
+        assert remote["model_version"] == served["model_version"] == 1
+        assert Path(remote["files"][0]).read_bytes() and Path(local["files"][0]).read_bytes()
+        machines.be("three")
+        second = promote.run(config, str(tiny_base), force=True)
+        assert second["champion"] == 2 and second["previous"] == 1
+    finally:
+        machines.be("three")
+        assert serve.run(config, stop=True)["stopped"]
+    machines.be("five")
+    assert rollback.run(config)["champion"] == 1
+    events = [line["event"] for line in read_journal(open_workspace(config.workspace))]
+    assert events == ["dataset", "promote", "promote", "rollback"]
+    _no_secrets_and_no_local_paths(config, tmp_path)
+
+
+@pytest.mark.slow  # two trainings of the loop
+def test_the_loop_goes_on_on_another_machine_with_a_source_that_is_a_bucket_too(
+    s3_network: Network,
+    tracking_uri: str,
+    ray_session: None,
+    tiny_base: Path,
+    machines: Machines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = machines.uri.replace("/team/", "/arrivals/")
+    lenient = ("gate.min_improvement=0", "gate.seed_spread=0", "gate.significance=0.2", "gate.max_clip_drop=100")
+    places = (f"data.source={source}", f"placement.tracking_uri={tracking_uri}", "monitor.false_alarms_per_year=100")
+    config = loop_config(tmp_path, tiny_base, *lenient, *places).model_copy(update={"workspace": machines.uri})
+    arrive(source, "base", 0, 60)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+    # The first machine makes the first champion.
+    machines.be("one")
+    assert retrain.run(config, once=True)["decision"] == "promoted"
+    shutil.rmtree(machines.be("one").root)
+
+    # Another says that the world drifted, and dies in the middle of a cycle.
+    arrive(source, "drifted", 100, 40)
+    machines.be("two")
+    found = monitor.run(config)
+    assert found["tested"] and found["verdict"] == "drift"
+    assert found["report"].startswith(f"{machines.uri}/reports/monitor-") and storage.exists(found["report"])
+    s3_network.plan(Rule(RESET, 1000, "PUT .*step-00000004/"))
+    with pytest.raises(StorageError, match="step-00000004"):
+        retrain.run(config, once=True)
+    s3_network.plan()
+    shutil.rmtree(machines.be("two").root)
+
+    # A third finds the stages that are done, and the timeline and the monitor know all of it.
+    workspace = machines.be("three")
+    ended = retrain.run(config, once=True)
+    assert ended["decision"] in ("promoted", "refused")
+    machines.be("four")
+    told = timeline.run(config)
+    assert (told["cycles"], told["datasets"]) == (2, 2) and storage.exists(f"{machines.uri}/reports/timeline.html")
+    stages = [line for line in read_journal(workspace) if line["event"] == "stage" and line["cycle"] == "cycle-0002"]
+    states = [(line["stage"], line["state"]) for line in stages]
+    assert len(states) == len(set(states)) and ("train", "done") in states
+    _no_secrets_and_no_local_paths(config, tmp_path)
+
+
+def _no_secrets_and_no_local_paths(config: Config, tmp_path: Path) -> None:
+    """Nothing in the bucket holds a credential, or a path that means nothing on another machine."""
+    for entry in storage.list_files(config.workspace):
+        if entry.uri.endswith((".json", ".jsonl")):
+            text = storage.read_bytes(entry.uri).decode()
+            assert SECRET not in text and str(tmp_path / "machines") not in text, entry.uri
+            for line in text.splitlines() if entry.uri.endswith(".jsonl") else [text]:
+                json.loads(line)
