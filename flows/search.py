@@ -29,7 +29,8 @@ from flows.console import say
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
 from flows.search_record import RANDOM, UNFINISHED, SearchRecord, TrialRecord, earlier_trials
-from flows.train import Inputs, open_job, train_worker
+from flows.train import Inputs, open_job
+from flows.train_loop import train_worker
 from flows.watch import FIRST_PICTURES
 
 TRIES = 100  # proposals that were tried already before a space counts as used up
