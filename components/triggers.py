@@ -24,6 +24,8 @@ NOTHING_NEW, REFUSED, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
     "source",
 )
 WEEK_S = 7 * 86400.0
+MOST_REASONS = 3
+"""Of the monitor's in ours."""
 ENOUGH_FRESH = 0.1
 """Of the pictures of a refused attempt: so many others make it another attempt."""
 
@@ -176,7 +178,8 @@ def _amount(evidence: Evidence, least: int) -> tuple[bool, Reason]:
 def _drift(drift: Drift | None) -> tuple[bool, Reason]:
     if drift is None:
         return False, Reason(DRIFT, "the monitor was not asked")
-    told = f": {'; '.join(drift.reasons)}" if drift.reasons else ""
+    more = f"; {len(drift.reasons) - MOST_REASONS} more in its report" if len(drift.reasons) > MOST_REASONS else ""
+    told = f": {'; '.join(drift.reasons[:MOST_REASONS])}{more}" if drift.reasons else ""
     return drift.verdict == DRIFTED, Reason(
         DRIFT,
         f"the monitor says {drift.verdict}{told}",

@@ -6,6 +6,7 @@ nothing to read.
 
 import time
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from cluster.artifacts import Workspace
@@ -14,6 +15,7 @@ from cluster.fencing import peek_fenced
 from cluster.lease import Lease, read_lease
 from flows.ledger import lease_place, state_uri
 
+MOST_CHARS = 240
 Line = Mapping[str, Any]
 
 
@@ -55,7 +57,7 @@ def told_of_loop(loop: Mapping[str, Any] | None) -> list[str]:
         told.append(f"           last: {last['id']} {last['decision']} at {last['time']}")
     for name, key in (("trigger", "decision"), ("monitor", "verdict")):
         if loop[name] is not None:
-            reasons = "; ".join(map(str, (loop[name]["reasons"] or [])[:2]))
+            reasons = shorten("; ".join(map(str, loop[name]["reasons"] or [])), MOST_CHARS, placeholder=" ...")
             told.append(f"{name:<10} {loop[name][key]} at {loop[name]['time']}: {reasons}")
     return told + ([f"           {loop['problem']}"] if loop["problem"] else [])
 

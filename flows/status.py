@@ -4,6 +4,7 @@ It changes nothing but the journal, and that only where a crash left a line out.
 """
 
 import time
+from textwrap import shorten
 from typing import Any
 
 from cluster.artifacts import open_workspace, read_journal
@@ -15,7 +16,7 @@ from cluster.reigns import reigns
 from cluster.serving import readiness
 from flows.config import Config
 from flows.console import program, say
-from flows.loop_status import loop_of, told_of_loop
+from flows.loop_status import MOST_CHARS, loop_of, told_of_loop
 from flows.serve import endpoint_of
 
 NUM_DECISIONS = 10
@@ -112,4 +113,5 @@ def _tell(config: Config, found: dict[str, Any]) -> None:
         say(text)
     for line in found["decisions"]:
         numbers = {key: value for key, value in line.items() if key not in UNTOLD}
-        say(f"  {line['time']} {line['event']} {' '.join(f'{key}={value}' for key, value in numbers.items())}")
+        told = " ".join(f"{key}={value}" for key, value in numbers.items())
+        say(f"  {line['time']} {line['event']} {shorten(told, MOST_CHARS, placeholder=' ...')}")
