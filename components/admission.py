@@ -19,20 +19,26 @@ from typing import Generic, Protocol, TypeVar
 from components.errors import DeadlineError, QueueFullError
 
 
-def check_deadline(limit_s: float, waiting_s: float, drawing_s: float, alone_s: float) -> None:
-    """DeadlineError with the numbers when waiting and drawing take longer than `limit_s`.
+LEAST_TOLD_S = 0.01
+
+
+def check_deadline(limit_s: float, waiting_s: float, drawing_s: float, alone_s: float, passed_s: float = 0.0) -> None:
+    """DeadlineError with the numbers when what has passed, waiting and drawing take longer than `limit_s` together.
 
     `alone_s` is what drawing would take with nothing else at work. Where that is within the limit, others are the
-    reason, and `retry_after_s` says when so much of their work will be done that the same request would be accepted.
+    reason (or what held the request up before), and `retry_after_s` says when so much of their work will be done that
+    the same request would be accepted.
     """
-    expected_s = waiting_s + drawing_s
+    expected_s = passed_s + waiting_s + drawing_s
     if expected_s <= limit_s:
         return
-    reason = f"({waiting_s:.2f} s waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}"
+    passed = f"{passed_s:.2f} s had passed, " if passed_s >= LEAST_TOLD_S else ""
+    reason = f"({passed}{waiting_s:.2f} s waiting, {drawing_s:.2f} s drawing), found {limit_s:.2f}"
     message = f"deadline_s expected at least {expected_s:.2f} at the measured speed {reason}; "
     if alone_s > limit_s:
         raise DeadlineError(f"{message}it takes {alone_s:.2f} s alone: ask for fewer steps or a later deadline")
-    error = DeadlineError(f"{message}others are at work, alone it would take {alone_s:.2f} s: ask again later")
+    why = "it was held up" if passed_s > waiting_s else "others are at work"
+    error = DeadlineError(f"{message}{why}, alone it would take {alone_s:.2f} s: ask again later")
     error.retry_after_s = expected_s - limit_s
     raise error
 

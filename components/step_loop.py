@@ -96,7 +96,7 @@ class StepLoop:
             return
         waiting_s, drawing_s, alone_s = expected
         decode_s = self._decoder.expected_s(len(accepted.rows))
-        check_deadline(limit_s, accepted.request.waited_s + waiting_s, drawing_s + decode_s, alone_s + decode_s)
+        check_deadline(limit_s, waiting_s, drawing_s + decode_s, alone_s + decode_s, accepted.request.waited_s)
 
     def expected_s(self, accepted: AcceptedRequest) -> tuple[float, float, float] | None:
         """Under the lock: seconds a new request would wait and draw, and draw alone; None before anything was measured.
