@@ -18,7 +18,6 @@ from typing import Generic, Protocol, TypeVar
 
 from components.errors import DeadlineError, QueueFullError
 
-
 LEAST_TOLD_S = 0.01
 
 
