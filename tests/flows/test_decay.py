@@ -61,8 +61,8 @@ def test_champion_is_measured_on_its_own_test_pictures_and_on_arrivals_of_anothe
 ) -> None:
     (tmp_path / "workspace").mkdir()
     (tmp_path / "workspace" / "mlflow.db").write_bytes(empty_registry.read_bytes())
-    arrive(tmp_path / "source", "base", 0, 60)
-    config = loop_config(tmp_path, tiny_base, "data.test_fraction=0.5")
+    arrive(tmp_path / "source", "base", 0, 80)
+    config = loop_config(tmp_path, tiny_base, "data.test_fraction=0.4")
     workspace = open_workspace(config.workspace)
     parent = prepare.ensure_dataset(config)
     crown(config, tiny_base, "run-0", parent.id)
