@@ -14,7 +14,7 @@ from typing import Any
 from cluster import stage
 from cluster.artifacts import read_json, write_json_atomic
 from cluster.lease import hold_lease, read_lease
-from cluster.registry import Registry
+from cluster.registry import CHALLENGER, Registry, Version
 
 WAIT_S = 5.0
 """For another process that tries a version of the same model."""
@@ -51,6 +51,20 @@ def hold_trial(registry: Registry, name: str, number: int) -> Iterator[Callable[
     """Hold the right to try versions of a model; StorageError where another process tries one."""
     with hold_lease(_lease(registry, name), f"trial of version {number}", wait_s=WAIT_S) as confirm:
         yield confirm
+
+
+def end_trial(registry: Registry, name: str) -> None:
+    """Take alias and share of a trial away; a challenger that was named meanwhile stays."""
+    trial, challenger = read_trial(registry, name), registry.by_alias(name, CHALLENGER)
+    if trial is not None and challenger is not None and challenger.number == trial.version:
+        registry.set_alias(name, CHALLENGER, None)
+    write_trial(registry, name, None)
+
+
+def is_tried(registry: Registry, version: Version) -> bool:
+    """Whether a version has the alias `challenger`."""
+    challenger = registry.by_alias(version.name, CHALLENGER)
+    return challenger is not None and challenger.number == version.number
 
 
 def _path(registry: Registry, name: str) -> Path:

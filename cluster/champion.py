@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster import stage
 from cluster.artifacts import append_journal, read_journal, read_json, write_json_atomic
-from cluster.canary import Trial, hold_trial, read_trial, trial_lives, write_trial
+from cluster.canary import Trial, end_trial, hold_trial, is_tried, read_trial, trial_lives, write_trial
 from cluster.errors import ChallengerBusyError, ChampionMovedError, RegistryError, StorageError
 from cluster.judging import judged_now
 from cluster.lease import hold_lease, read_lease
@@ -25,6 +25,8 @@ from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_RETIRED, TAG_SI
 from cluster.reigns import FOUND, PROMOTE, ROLLBACK, is_move
 
 Notify = Callable[[str], None]
+Proof = Callable[[], object]
+"""Raises where who asked for a move may not move anything any more, such as a loop that lost its lease."""
 RETIRE, CHALLENGE = "retire", "challenger"
 NO_CHAMPION = 0
 """As `expected`: the move was decided when there was no champion."""
@@ -47,10 +49,12 @@ def move_champion(
     line: Mapping[str, Any] | None = None,
     expected: int | None = None,
     notify: Notify | None = None,
+    proof: Proof = lambda: None,
 ) -> Move:
     """Make a version the champion and the old champion `previous`; `line` is what the journal shall say beside that.
 
-    ChampionMovedError when the champion is not `expected` any more (0: none); None moves whatever is there.
+    ChampionMovedError when the champion is not `expected` any more (0: none); None moves whatever is there. `proof` is
+    asked under the lock, before anything is written and again before the champion changes.
     """
     with _aliases(registry, name, f"promote version {number}", notify) as confirm:
         wanted, old = registry.by_number(name, number), registry.by_alias(name, CHAMPION)
@@ -62,15 +66,20 @@ def move_champion(
                 f"champion of {name} expected to be {expected or 'unset'} as it was when version {number} was measured,"
                 f" found {found}: another promotion came first; promote again to be compared with that one"
             )
-        return _move(registry, wanted, old, {"event": PROMOTE, "decision": "promote", **(line or {})}, confirm)
+        return _move(registry, wanted, old, {"event": PROMOTE, "decision": "promote", **(line or {})}, (confirm, proof))
 
 
 def roll_back(
-    registry: Registry, name: str, line: Mapping[str, Any], notify: Notify | None = None, expected: int | None = None
+    registry: Registry,
+    name: str,
+    line: Mapping[str, Any],
+    notify: Notify | None = None,
+    expected: int | None = None,
+    proof: Proof = lambda: None,
 ) -> Move:
     """Make `previous` the champion again, and the champion `previous`: a second roll-back undoes the first.
 
-    ChampionMovedError where the champion is not the `expected` version.
+    ChampionMovedError where the champion is not the `expected` version; `proof` as in `move_champion`.
     """
     with _aliases(registry, name, "rollback", notify) as confirm:
         old, wanted = registry.by_alias(name, CHAMPION), registry.by_alias(name, PREVIOUS)
@@ -87,7 +96,7 @@ def roll_back(
                 f" with: fresco promote models:/{name}/NUMBER"
             )
         registry.directory_of(wanted)  # a version whose files are gone must not become what serves
-        return _move(registry, wanted, old, {"event": ROLLBACK, **line}, confirm)
+        return _move(registry, wanted, old, {"event": ROLLBACK, **line}, (confirm, proof))
 
 
 def set_challenger(
@@ -115,7 +124,7 @@ def trying(registry: Registry, name: str, number: int, share: float) -> Iterator
     """
     with hold_trial(registry, name, number):
         with _aliases(registry, name, "canary", None):
-            _end_trial(registry, name)  # the lease is ours, so whoever wrote it is gone
+            end_trial(registry, name)  # the lease is ours, so whoever wrote it is gone
             _check_challenger(registry, name, number)
             other = registry.by_alias(name, CHALLENGER)
             if other is not None:
@@ -127,7 +136,7 @@ def trying(registry: Registry, name: str, number: int, share: float) -> Iterator
             yield
         finally:
             with _aliases(registry, name, "canary", None):
-                _end_trial(registry, name)
+                end_trial(registry, name)
                 append_journal(registry.workspace, CHALLENGE, name=name, version=None, reasons=["the canary ended"])
 
 
@@ -190,9 +199,9 @@ def _aliases(registry: Registry, name: str, owner: str, notify: Notify | None) -
 
 
 def _move(
-    registry: Registry, wanted: Version, old: Version | None, line: Mapping[str, Any], confirm: Callable[[], Any]
+    registry: Registry, wanted: Version, old: Version | None, line: Mapping[str, Any], proofs: Sequence[Proof]
 ) -> Move:
-    """Intent, previous, champion, challenger, journal, in this order; the caller holds the lock."""
+    """Intent, previous, champion, challenger, journal, in this order; the caller holds the lock, as `proofs` prove."""
     name, since = wanted.name, now()
     before = registry.by_alias(name, PREVIOUS)
     to = {"champion": wanted.number, "previous": old.number if old else (before.number if before else None)}
@@ -201,13 +210,15 @@ def _move(
         "line": whole,
         "previous_before": before.number if before else None,
     }
-    confirm()
+    for proof in proofs:
+        proof()
     write_json_atomic(_intent_path(registry, name), intent)
     registry.set_alias(name, PREVIOUS, to["previous"])
     registry.tag(wanted, {TAG_SINCE: since} | ({TAG_RETIRED: ""} if wanted.tags.get(TAG_RETIRED) else {}))
-    confirm()
+    for proof in proofs:
+        proof()
     registry.set_alias(name, CHAMPION, wanted.number)
-    if _is_tried(registry, wanted):
+    if is_tried(registry, wanted):
         registry.set_alias(name, CHALLENGER, None)
     _journal(registry, whole)
     stage.remove(_intent_path(registry, name))
@@ -236,9 +247,9 @@ def _settle(registry: Registry, name: str) -> list[str]:
         stage.remove(path)
     trial = read_trial(registry, name)
     if trial is not None and not trial_lives(registry, name):
-        _end_trial(registry, name)
+        end_trial(registry, name)
         said.append(f"ended: the trial of version {trial.version}, whose process is gone")
-    if champion is not None and _is_tried(registry, champion):
+    if champion is not None and is_tried(registry, champion):
         registry.set_alias(name, CHALLENGER, None)
         said.append(f"repaired: version {number} is the champion, and the challenger no more")
     if number != _journaled(registry, name):
@@ -255,7 +266,7 @@ def _unsettled(registry: Registry, name: str) -> bool:
     if stage.fetch(_intent_path(registry, name)):
         return True
     champion = registry.by_alias(name, CHAMPION)
-    if champion is not None and _is_tried(registry, champion):
+    if champion is not None and is_tried(registry, champion):
         return True
     if read_trial(registry, name) is not None and not trial_lives(registry, name):
         return True
@@ -269,19 +280,6 @@ def _check_challenger(registry: Registry, name: str, number: int) -> None:
             f"challenger of {name} expected to be another version than the champion, found {number}, which serves"
             " already; name another version"
         )
-
-
-def _end_trial(registry: Registry, name: str) -> None:
-    """Take alias and share of a trial away; a challenger that was named meanwhile stays."""
-    trial, challenger = read_trial(registry, name), registry.by_alias(name, CHALLENGER)
-    if trial is not None and challenger is not None and challenger.number == trial.version:
-        registry.set_alias(name, CHALLENGER, None)
-    write_trial(registry, name, None)
-
-
-def _is_tried(registry: Registry, version: Version) -> bool:
-    challenger = registry.by_alias(version.name, CHALLENGER)
-    return challenger is not None and challenger.number == version.number
 
 
 def _journaled(registry: Registry, name: str) -> int | None:

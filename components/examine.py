@@ -120,8 +120,11 @@ def _contents(candidate: Candidate, job: ExamineJob) -> Iterator[tuple[Candidate
         image, caption = example(emblems.world, emblems.seed, candidate.index, job.resolution_px)
         yield Candidate(candidate.name, caption=caption), to_png(image)
     elif candidate.row_group >= 0:
-        with job.files.open_file(candidate.path) as file:
-            yield from parquet_rows(file, candidate.path, candidate.row_group)
+        try:
+            with job.files.open_file(candidate.path) as file:
+                yield from parquet_rows(file, candidate.path, candidate.row_group)
+        except FileNotFoundError:
+            yield candidate, None
     else:
         try:
             yield _with_caption(candidate, job), job.files.read(candidate.path)

@@ -50,6 +50,11 @@ def is_anchor(retrain: RetrainSection, cycle: int) -> bool:
     return retrain.anchor_every > 0 and cycle % retrain.anchor_every == 0
 
 
+def search_due(retrain: RetrainSection, searched: int, turn: int) -> bool:
+    """Whether turn `turn` (counted from 1) searches the recipe, when turn `searched` did so last (0: none)."""
+    return retrain.search_every > 0 and (not searched or turn - searched >= retrain.search_every)
+
+
 def replay_share(retrain: RetrainSection, drift: float) -> float:
     """Return the share of old pictures at a measured drift in [0, 1], to three digits: it is typed and read."""
     drift = min(max(drift, 0.0), 1.0)

@@ -13,6 +13,7 @@ from cluster.artifacts import read_journal
 from cluster.champion import settle
 from cluster.errors import ChampionMovedError, EndpointError, RegistryError, WorkerError
 from cluster.registry import CHAMPION
+from cluster.reigns import was_rolled_back
 from cluster.session import local_session
 from components.errors import DataError, InputError, NonFiniteError
 from components.triggers import RETRAIN, Decision
@@ -20,10 +21,10 @@ from flows import rollback
 from flows.config import Config
 from flows.console import say, step
 from flows.findings import Findings
-from flows.ledger import Cycle, Ledger
+from flows.ledger import BY_HAND, PROMOTED, Cycle, Ledger
 from flows.stages import NEED_RAY, ROLL_BACK, STAGES, Desk, is_champion
 
-PROMOTED, ROLLED_BACK, FAILED = "promoted", "rolled_back", "failed"
+ROLLED_BACK, FAILED = "rolled_back", "failed"
 ENDS_A_CYCLE = (InputError, DataError, NonFiniteError, WorkerError, EndpointError, RegistryError)
 FOR_GOOD = (DataError, NonFiniteError)
 """What the same recipe and data would come to again."""
@@ -114,13 +115,16 @@ def _end(desk: Desk) -> dict[str, Any]:
         return _finish(desk, ended["ends"], ended["reasons"], again=False)
     version = desk.result("gate")["version"]
     verdict = next((r for r in reversed(desk.cycle.stages.values()) if r.get("watch") == ROLL_BACK), None)
+    if verdict is None and was_rolled_back(read_journal(desk.workspace), desk.config.name, version):
+        return _finish(desk, ROLLED_BACK, [BY_HAND.format(version)], again=False)
     if verdict is None:
         return _finish(desk, PROMOTED, desk.result("gate")["reasons"], again=True)
     why = verdict["why"]
     if is_champion(desk, version):  # else it was rolled back already, before we were killed
-        desk.ledger.confirm()
+        confirm = desk.ledger.confirm
+        confirm()
         try:
-            rollback.run(desk.config, f"{desk.cycle.id}: {why}", expected=version)
+            rollback.run(desk.config, f"{desk.cycle.id}: {why}", expected=version, confirm=confirm)
         except ChampionMovedError:
             pass  # by hand, a moment ago: it serves no more all the same
         except RegistryError as error:

@@ -13,7 +13,7 @@ from cluster import storage
 from cluster.artifacts import Workspace, read_journal, read_record
 from cluster.errors import RegistryError, StorageError, WorkerError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
-from cluster.reigns import reigns
+from cluster.reigns import reigns, was_rolled_back
 from components import arrivals as rules
 from components.arrivals import Arrivals
 from components.dataset import DatasetVersion, load_dataset
@@ -24,7 +24,7 @@ from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldow
 from flows import arrivals, snapshot
 from flows.config import Config
 from flows.console import say
-from flows.ledger import Ledger, State, asked_uri
+from flows.ledger import BY_HAND, PROMOTED, Ledger, State, asked_uri
 
 CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
 """What keeps a measurement from saying anything, and the loop from nothing else."""
@@ -51,6 +51,7 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
     workspace, state = ledger.workspace, ledger.state
     settle_clock(state, time.time())
     champion = Registry(workspace, config.placement.tracking_uri).by_alias(config.name, CHAMPION)
+    remember_rollback(config, ledger, champion)
     request = asked(workspace)
     by_hand = "--force" if force else (f"request {request}" if request and request != state.heeded else "")
     evidence = Evidence(
@@ -79,6 +80,22 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
     decay = _decay(config, workspace, champion, parent, seen) if config.retrain.max_decay else None
     evidence = replace(evidence, drift=drift, decay=decay)
     return Findings(evidence, champion, parent, seen, drift.effect if drift else 0.0, request)
+
+
+def remember_rollback(config: Config, ledger: Ledger, champion: Version | None) -> None:
+    """What the last cycle promoted and a person rolled back is not made again: note it as refused. Not saved yet."""
+    state, last = ledger.state, ledger.state.last
+    if last is None or last["decision"] != PROMOTED or any(one["cycle"] == last["cycle"] for one in state.refused):
+        return
+    done = {entry["stage"]: entry for entry in last["stages"]}
+    number = done["gate"]["version"]
+    serves = champion is not None and champion.number == number
+    if serves or not was_rolled_back(read_journal(ledger.workspace), config.name, number):
+        return
+    arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
+    made = {"run_id": last["run_id"] or "", "dataset": last["dataset"]}
+    ledger.refuse({"cycle": last["cycle"], **arrived, **made, "reasons": [BY_HAND.format(number)]})
+    say(f"{BY_HAND.format(number)}: {last['cycle']}'s run and arrivals are not tried again")
 
 
 def measure_drift(config: Config, seen: Arrivals) -> Drift:
@@ -114,11 +131,18 @@ def settle_clock(state: State, now: float) -> None:
 
 
 def budget(config: Config, state: State, first: bool) -> dict[str, Any]:
-    """Steps and GPU hours of the last 7 days, and those that one more cycle would take by what the last one took."""
-    from flows.continual import is_anchor
+    """Steps and GPU hours of the last 7 days, and those that one more cycle would take by what the last one took.
 
-    whole = first or is_anchor(config.retrain, state.turns + 1)
+    A search that is due in it counts with all its trials at full length: what it stops early is not known before.
+    """
+    from flows.continual import is_anchor, search_due
+
+    turn = state.turns + 1
+    whole = first or is_anchor(config.retrain, turn)
     steps = config.train.steps if whole else config.retrain.steps or config.train.steps
+    if search_due(config.retrain, state.searched, turn):
+        trials = config.search.trials * steps
+        steps += min(trials, config.search.budget_steps + steps) if config.search.budget_steps else trials
     trained = [entry for entry in state.spent if entry["what"] == "train" and entry["steps"]]
     hours = trained[-1]["gpu_hours"] * steps / trained[-1]["steps"] if trained else 0.0
     return {

@@ -6,6 +6,7 @@ stays in the dataset, and the card counts it. The same parent and arrivals make 
 simply done again.
 """
 
+from dataclasses import replace
 from itertools import chain
 
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from components.arrivals import Arrivals
 from components.dataset import DUPLICATE, SPLITS, DatasetVersion, Found
 from components.errors import DataError, InputError
 from components.listings import LISTING, Seen, read_listing, union
+from components.sources import MISSING_FILE
 from flows.config import Config
 from flows.console import say
 from flows.dataset_versions import (
@@ -46,12 +48,15 @@ def grow(config: Config, parent: DatasetVersion, arrivals: Arrivals) -> DatasetV
     say(f"examining {len(arrivals.new)} arrivals of {config.data.source}")
     found, shards = examine_all(config, workspace, files, [arrival.candidate for arrival in arrivals.new])
     accepted, rejected = versions.resolve_duplicates(found)
+    gone = {one.uri for one in rejected if one.reason == MISSING_FILE}
+    # The listing of the new version must not name what is gone: if it comes back, it is an arrival.
+    arrivals = replace(arrivals, new=tuple(one for one in arrivals.new if files.uri(one.candidate.name) not in gone))
     held = {item.sha256 for item in parent.items}
     added = [one for one in accepted if one.sha256 not in held]
     known = [Found(one.uri, one.caption, one.sha256, reason=DUPLICATE) for one in accepted if one.sha256 in held]
     try:
-        # Copies of what is there already do no harm, so they do not count against the limit.
-        bad = [one for one in rejected if one.reason != DUPLICATE]
+        # Copies of what is there already, and what was taken away again, do no harm: they do not count as bad.
+        bad = [one for one in rejected if one.reason not in (DUPLICATE, MISSING_FILE)]
         if bad:
             check_rejections(config, accepted, bad)
     except DataError:

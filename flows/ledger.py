@@ -19,6 +19,9 @@ from cluster.lease import Lease
 FOLDER = "retrain"
 KEPT_REFUSALS = 1000
 MANUAL = "asked.json"
+PROMOTED = "promoted"
+"""How a cycle that made a new champion ended."""
+BY_HAND = "version {} was rolled back by hand"
 
 
 @dataclass

@@ -7,7 +7,7 @@ spends is written down before its verdict is told. One lease: two monitors of a 
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from components.dataset import DatasetVersion
 from components.drift_streams import PROMPTS
 from components.errors import InputError
 from components.false_alarms import DAY_S, YEAR_S, Ledger, next_look
+from components.schedule import FAR_AHEAD_S
 from components.sources import EMBLEMS_SCHEME
 from flows.compare_window import FEWEST, Sides, compare, nothing, numbers_of
 from flows.config import Config, with_overrides
@@ -154,7 +155,8 @@ def _look(
     config: Config, workspace: Workspace, eye: Eye, sides: Sides, state: dict[str, Any], at: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the result and the state after it."""
-    ledger = Ledger(**state["ledger"])
+    ledger, ahead = _believed(Ledger(**state["ledger"]), at)
+    state = {**state, "ledger": asdict(ledger)}
     level, after = next_look(ledger, at, config.monitor.false_alarms_per_year)
     numbers = {
         "looked_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
@@ -172,7 +174,7 @@ def _look(
     state = {**state, "window": sides.window.state, "gone": state["gone"] + sides.window.gone}
     last = state["last"]
     why, stands = _why_no_test(config, sides, state, level, ledger, at)
-    notes = _notes(sides)
+    notes = [*ahead, *_notes(sides)]
     if why:
         kept = last if stands and last else nothing(config, sides)
         result = {**kept, **numbers, "reasons": [why, *kept["reasons"], *notes]}
@@ -187,6 +189,15 @@ def _look(
     page = write_report(config, workspace, (found, compared, explained), result, past)
     kept["report"] = result["report"] = stage.portable(str(page), workspace.root)
     return result, {**state, "ledger": asdict(spent), "last": kept, "keys": _asked(config, sides), "gone": 0}
+
+
+def _believed(ledger: Ledger, at: float) -> tuple[Ledger, list[str]]:
+    """Return the ledger, and what to say where a clock that was far ahead wrote it: its time is not waited for."""
+    if ledger.last_s <= at + FAR_AHEAD_S:
+        return ledger, []
+    then = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ledger.last_s))
+    note = f"the last test is dated {then}, by a clock that was ahead: the budget grows again from now on"
+    return replace(ledger, last_s=at), [note]
 
 
 def _why_no_test(

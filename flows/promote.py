@@ -67,7 +67,7 @@ def run(
     """Make `model` the champion if the gate lets it through, or with `force` anyway.
 
     With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
-    `confirm` is called just before the alias moves: what it raises leaves everything as it is.
+    `confirm` is called just before the alias moves, and under its lock: what it raises leaves the champion as it is.
     """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
@@ -117,7 +117,8 @@ def _contest(
         try:
             if wanted:
                 confirm()
-                move = move_champion(registry, config.name, judged.version.number, line, judged.champion, notify=say)
+                number, old = judged.version.number, judged.champion
+                move = move_champion(registry, config.name, number, line, old, notify=say, proof=confirm)
                 return _promoted(config, workspace, registry, judged, move, line)
             return _refused(config, workspace, registry, judged, line)
         except ChampionMovedError as error:

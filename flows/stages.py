@@ -19,7 +19,7 @@ from components.probation import Decay
 from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
-from flows.continual import continued
+from flows.continual import continued, search_due
 from flows.dataset_versions import named_version
 from flows.decay import decay_beside
 from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of
@@ -109,8 +109,7 @@ def _tell_of(desk: Desk, dataset: DatasetVersion) -> None:
 def search_recipe(desk: Desk) -> dict[str, Any]:
     """Search the recipe where it is due; what was found is used by this training and those after it."""
     state, every = desk.ledger.state, desk.config.retrain.search_every
-    due = every > 0 and (not state.searched or desk.cycle.turn - state.searched >= every)
-    if not due:
+    if not search_due(desk.config.retrain, state.searched, desk.cycle.turn):
         why = "not asked for" if not every else f"last searched in turn {state.searched}, every {every} turns"
         return {"searched": False, "why": why}
     desk.ledger.confirm()

@@ -5,8 +5,12 @@ from pathlib import Path
 import yaml
 
 from cluster import storage
+from cluster.artifacts import open_workspace
+from cluster.champion import move_champion
+from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
 from components.emblems import example
 from components.images import to_png
+from components.models import model_fingerprint
 from flows.config import Config, load_config
 
 
@@ -53,6 +57,15 @@ def loop_config(folder: Path, base: Path, *overrides: str) -> Config:
         ],
         workspace=str(folder / "workspace"),
     )
+
+
+def crown(config: Config, pipeline: Path, run_id: str, dataset: str) -> int:
+    """Register a pipeline as a run's version and make it the champion; return its number."""
+    registry = Registry(open_workspace(config.workspace))
+    tags = {TAG_RUN: run_id, TAG_DATASET: dataset, TAG_MODEL_FINGERPRINT: model_fingerprint(pipeline)}
+    version = registry.register(config.name, pipeline, tags)
+    move_champion(registry, config.name, version.number)
+    return version.number
 
 
 def write_config(folder: Path, config: Config) -> Path:

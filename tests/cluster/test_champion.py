@@ -13,7 +13,7 @@ import pytest
 from cluster import champion
 from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
 from cluster.champion import drop_challenger, move_champion, retire, roll_back, set_challenger, settle
-from cluster.errors import ChampionMovedError, RegistryError
+from cluster.errors import ChampionMovedError, LeaseLostError, RegistryError
 from cluster.judging import judging
 from cluster.lease import hold_lease
 from cluster.registry import (
@@ -26,7 +26,7 @@ from cluster.registry import (
     TAG_SINCE,
     Registry,
 )
-from cluster.reigns import reigns
+from cluster.reigns import reigns, was_rolled_back
 
 KILL_LIMIT_S = 120
 
@@ -258,6 +258,55 @@ def test_roll_back_of_a_version_that_is_not_the_champion_any_more_changes_nothin
     assert aliases(registry) == (2, 1)
     roll_back(registry, "fresco", {"reasons": ["test"]}, expected=2)
     assert aliases(registry) == (1, 2)
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+@pytest.mark.parametrize("move", ["promote", "rollback"])
+def test_who_lost_the_right_to_move_before_or_after_the_intent_moves_nothing(
+    registry: Registry, workspace: Workspace, move: str, asked: int
+) -> None:
+    for number in (1, 2):
+        move_champion(registry, "fresco", number)
+    calls = []
+
+    def proof() -> None:
+        calls.append(read_journal(workspace))
+        if len(calls) == asked:
+            raise LeaseLostError("an heir works here")
+
+    with pytest.raises(LeaseLostError, match="an heir"):
+        if move == "promote":
+            move_champion(registry, "fresco", 3, proof=proof)
+        else:
+            roll_back(registry, "fresco", {}, proof=proof)
+    settle(registry, "fresco")
+    assert aliases(registry) == (2, 1) and len(read_journal(workspace)) == 2
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        ("2", False),
+        ("2 back", True),
+        ("2 back back", False),
+        ("2 back back back", True),
+        ("2 back 3", True),
+        ("2 back 2", False),
+        ("2 3", False),
+        ("2 3 back", False),
+        ("2 3 back back", False),
+    ],
+)
+def test_version_counts_as_rolled_back_until_that_is_undone(
+    registry: Registry, workspace: Workspace, moves: str, expected: bool
+) -> None:
+    move_champion(registry, "fresco", 1)
+    for move in moves.split():
+        if move == "back":
+            roll_back(registry, "fresco", {})
+        else:
+            move_champion(registry, "fresco", int(move))
+    assert was_rolled_back(read_journal(workspace), "fresco", 2) is expected
 
 
 def test_roll_back_without_a_previous_or_its_files_changes_nothing(registry: Registry, workspace: Workspace) -> None:

@@ -241,6 +241,45 @@ def test_growth_from_a_delivery_that_is_mostly_unusable_is_refused_and_leaves_no
     assert sorted(path for path in Path(config.workspace).rglob("*") if path.is_file()) == before
 
 
+def test_arrivals_that_vanish_before_they_are_examined_are_left_out_and_may_come_back(
+    tmp_path: Path, source: str
+) -> None:
+    config = config_of(tmp_path, source)
+    parent = made(config, source)
+    for index in range(100, 110):
+        put(source, index)
+    found = looked_twice(config, parent)
+    for index in range(100, 105):
+        storage.delete(f"{source}/{index}.png")
+    child = grow(config, parent, found)
+    assert {item.caption for item in child.items} - {item.caption for item in parent.items} == {
+        f"caption {index}" for index in range(105, 110)
+    }
+    for index in range(105, 110):
+        storage.delete(f"{source}/{index}.png")
+        storage.delete(f"{source}/{index}.txt")
+    gone = replace(found, new=found.new[5:])
+    assert {one.candidate.name for one in gone.new} == {f"{index}.png" for index in range(105, 110)}
+    assert grow(config, parent, gone) is parent
+    for index in range(100, 105):
+        put(source, index)
+    assert names(looked_twice(config, child).new) == [f"{index}.png" for index in range(100, 105)]
+
+
+def test_a_table_that_vanishes_before_it_is_examined_is_left_out(tmp_path: Path, source: str) -> None:
+    config = config_of(tmp_path, source)
+    parent = made(config, source)
+    images = [{"bytes": picture(100 + row), "path": None} for row in range(3)]
+    rows = {"image": images, "text": [f"caption {100 + row}" for row in range(3)]}
+    path = tmp_path / "more.parquet"
+    pq.write_table(pa.table(rows), path)
+    storage.write_bytes_atomic(f"{source}/more.parquet", path.read_bytes())
+    found = looked_twice(config, parent)
+    assert len(found.new) == 1
+    storage.delete(f"{source}/more.parquet")
+    assert grow(config, parent, found) is parent
+
+
 def test_growth_needs_the_pixels_of_its_parent(tmp_path: Path, source: str) -> None:
     config = config_of(tmp_path, source)
     parent = made(config, source)

@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 
+from cluster import champion, lease
 from cluster.artifacts import open_workspace, read_journal
 from cluster.errors import LeaseLostError, StorageError, WorkerError
 from cluster.lease import hold_lease
+from cluster.registry import CHAMPION, PREVIOUS, Registry
 from components.errors import DataError
 from components.standing import RetrainSection
 from components.triggers import Evidence, Reason, decide
-from flows import cycle, ledger, stages
-from flows.config import Config, load_config
+from flows import cycle, ledger, monitor, prepare, retrain, stages
+from flows.config import Config, load_config, with_overrides
 from flows.findings import Findings
 from flows.ledger import Ledger, lease_place, look_at
+from tests.loop_world import arrive, crown, loop_config
 
 
 class Killed(BaseException):
@@ -217,3 +220,195 @@ def test_late_holder_changes_nothing_more(config: Config, world: World) -> None:
             before = told(config)
     assert before is not None and before[-1] == ("stage", "cycle-0001", "train", "began", None)
     assert set(look_at(workspace).cycle.stages) == set(late["state"])  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- real arrivals, datasets, aliases; only models are not
+
+
+@pytest.fixture
+def loop(
+    tmp_path: Path,
+    tiny_pipelines: dict[int, Path],
+    empty_registry: Path,
+    examined_here: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Config:
+    """A champion of 40 emblems, 12 that arrived since, and a cycle that makes version 2 the champion.
+
+    Nothing is trained or measured: the gate's stage registers another pipeline and moves the alias.
+    """
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "mlflow.db").write_bytes(empty_registry.read_bytes())
+    arrive(tmp_path / "source", "base", 0, 40)
+    config = loop_config(tmp_path, tiny_pipelines[0])
+    crown(config, tiny_pipelines[0], "run-0", prepare.ensure_dataset(config).id)
+    arrive(tmp_path / "source", "drifted", 0, 12)
+
+    def gate(desk: Any) -> dict[str, Any]:
+        number = crown(config, tiny_pipelines[1], desk.cycle.run_id, desk.dataset().id)
+        return {"decision": "promote", "version": number, "reasons": ["better"]}
+
+    def quick(desk: Any) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(cycle, "local_session", lambda placement: nullcontext())
+    monkeypatch.setattr(stages.train, "run", lambda config: {"steps": config.train.steps})
+    doubles = {"evaluate": quick, "gate": gate, "deploy": quick, "watch": quick}
+    monkeypatch.setattr(cycle, "STAGES", {**stages.STAGES, **doubles})
+    return config
+
+
+def told_of(config: Config, event: str) -> list[dict[str, Any]]:
+    return [line for line in read_journal(open_workspace(config.workspace)) if line["event"] == event]
+
+
+def aliases(config: Config) -> list[int | None]:
+    registry = Registry(open_workspace(config.workspace))
+    found = (registry.by_alias(config.name, alias) for alias in (CHAMPION, PREVIOUS))
+    return [version.number if version else None for version in found]
+
+
+def refused_once(config: Config, why: str) -> None:
+    """The state remembers what cycle-0001 made; its arrivals are no reason again, and by hand nothing is trained."""
+    (attempt,) = look_at(open_workspace(config.workspace)).refused
+    (looked,) = [line for line in told_of(config, "stage") if line["stage"] == "snapshot" and line["state"] == "done"]
+    (ended,) = told_of(config, "cycle")
+    assert {key: attempt[key] for key in ("cycle", "parent", "new", "run_id", "reasons")} == {
+        "cycle": "cycle-0001",
+        "parent": looked["numbers"]["parent"],
+        "new": 12,
+        "run_id": ended["run_id"],
+        "reasons": [why],
+    }
+    assert attempt["dataset"].startswith("loop@") and attempt["dataset"] != attempt["parent"]
+    waits = retrain.run(config, once=True)
+    assert waits["decision"] == "wait" and "0 new pictures (12 more were in a refused attempt)" in str(waits["trigger"])
+    forced = retrain.run(config, once=True, force=True)
+    assert (forced["decision"], forced["stages"][-1]["stage"]) == ("refused", "train")
+    assert forced["reasons"] == [f"the same recipe and data were refused in cycle-0001: {why}"]
+
+
+@pytest.mark.parametrize(("stage", "dies"), [("deploy", None), ("watch", None), ("watch", False), ("watch", True)])
+def test_a_champion_that_must_not_stay_is_rolled_back_once_and_its_run_is_not_made_again(
+    loop: Config, monkeypatch: pytest.MonkeyPatch, stage: str, dies: bool | None
+) -> None:
+    monkeypatch.setitem(cycle.STAGES, stage, lambda desk: {"watch": stages.ROLL_BACK, "why": "too many errors"})
+    ending = World()
+    ending.dies_at = None if dies is None else (1, dies)
+    monkeypatch.setattr(cycle.rollback, "run", ending.deadly(cycle.rollback.run))
+    if dies is not None:
+        with pytest.raises(Killed):
+            retrain.run(loop, once=True)
+        assert aliases(loop) == ([1, 2] if dies else [2, 1]) and look_at(open_workspace(loop.workspace)).cycle
+    result = retrain.run(loop, once=True)
+    assert (result["decision"], result["reasons"]) == ("rolled_back", ["too many errors"])
+    assert (result["champion_before"], result["champion_after"], aliases(loop)) == (1, 1, [1, 2])
+    (line,) = told_of(loop, "rollback")
+    assert (line["champion"], line["reasons"]) == (1, ["cycle-0001: too many errors"])
+    assert [line["decision"] for line in told_of(loop, "cycle")] == ["rolled_back"]
+    assert ("watch" in [one["stage"] for one in result["stages"]]) == (stage == "watch")
+    refused_once(loop, "too many errors")
+
+
+def test_an_heir_that_came_while_the_loop_waited_for_the_aliases_finds_them_as_they_were(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = lease_place(open_workspace(loop.workspace))
+    real, ready = champion.hold_lease, []
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        holder = lease.read_lease(place)
+        if ready and holder is not None:
+            assert lease._claim(f"{place}.epochs", "heir", 30.0, holder.token + 1)
+        return real(*arguments, **options)
+
+    def watch(desk: Any) -> dict[str, Any]:
+        ready.append(True)
+        return {"watch": stages.ROLL_BACK, "why": "too many errors"}
+
+    monkeypatch.setattr(champion, "hold_lease", overtaken)
+    monkeypatch.setitem(cycle.STAGES, "watch", watch)
+    calm = with_overrides(loop, {"retrain.lease_ttl_s": 600})  # so that its guard does not look in this moment
+    with pytest.raises(LeaseLostError, match="taken over"):
+        retrain.run(calm, once=True)
+    assert aliases(loop) == [2, 1] and not told_of(loop, "rollback")
+
+
+def test_what_a_person_rolls_back_after_the_cycle_is_not_promoted_again(loop: Config) -> None:
+    assert retrain.run(loop, once=True)["decision"] == "promoted"
+    cycle.rollback.run(loop)
+    cycle.rollback.run(loop)
+    retrain.run(loop, once=True)
+    assert aliases(loop) == [2, 1] and not look_at(open_workspace(loop.workspace)).refused, "it was undone"
+    cycle.rollback.run(loop)
+    retrain.run(loop, once=True)
+    refused_once(loop, "version 2 was rolled back by hand")
+
+
+def test_what_a_person_rolls_back_while_it_is_watched_is_not_promoted_again(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(desk: Any) -> dict[str, Any]:
+        cycle.rollback.run(loop)
+        return {}
+
+    monkeypatch.setitem(cycle.STAGES, "deploy", impatient)
+    monkeypatch.setitem(cycle.STAGES, "watch", stages.watch)
+    result = retrain.run(loop, once=True)
+    assert (result["decision"], result["champion_after"], aliases(loop)) == ("rolled_back", 1, [1, 2])
+    assert result["stages"][-1]["why"] == stages.REPLACED and len(told_of(loop, "rollback")) == 1
+    refused_once(loop, "version 2 was rolled back by hand")
+
+
+def noting(trained: list[Config]) -> Callable[[Config], dict[str, Any]]:
+    """Stand for a training that only notes its config."""
+
+    def train(config: Config) -> dict[str, Any]:
+        trained.append(config)
+        return {"steps": config.train.steps}
+
+    return train
+
+
+def test_measured_drift_is_a_reason_to_train_and_replays_more(loop: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Config] = []
+    measured = {"verdict": "drift", "drift": 0.6, "reasons": ["images: KID 0.2"], "report": None}
+    monkeypatch.setattr(monitor, "run", lambda config, cursor: measured)
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+    drifting = with_overrides(
+        loop, {"retrain.on_drift": True, "retrain.min_new_images": 0, "retrain.most_replay_fraction": 0.6}
+    )
+    result = retrain.run(drifting, once=True)
+    assert result["trigger"]["kinds"] == ["drift"] and "images: KID 0.2" in str(result["trigger"]["reasons"])
+    assert [config.train.replay_fraction for config in trained] == [0.4], "0.1 + 0.6 * (0.6 - 0.1)"
+    train = next(one for one in result["stages"] if one["stage"] == "train")
+    assert (train["drift"], train["replay_fraction"]) == (0.6, 0.4)
+
+
+def test_a_search_is_made_when_it_is_due_and_its_recipe_is_kept_until_the_next(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[Config] = []
+    trained: list[Config] = []
+
+    def search(config: Config) -> dict[str, Any]:
+        searched.append(config)
+        best = {"overrides": {"train.warmup_steps": len(searched)}, "run_id": "loop-0", "eval_loss": 0.5}
+        return {"best": best, "steps": 30, "seconds": 3.0, "report": None}
+
+    monkeypatch.setattr(stages.tune, "run", search)
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+    often = with_overrides(loop, {"retrain.search_every": 2, "retrain.steps": 40, "retrain.anchor_every": 0})
+    done = []
+    for turn in range(3):
+        arrive(Path(loop.data.source), "drifted", 100 + 20 * turn, 12)
+        result = retrain.run(often, once=True)
+        done.append(next(one for one in result["stages"] if one["stage"] == "search"))
+    assert [one["searched"] for one in done] == [True, False, True]
+    assert done[1]["why"] == "last searched in turn 1, every 2 turns" and done[0]["steps"] == 30
+    assert [config.train.steps for config in searched] == [40, 40]
+    assert [config.train.warmup_steps for config in trained] == [1, 1, 2]
+    state = look_at(open_workspace(loop.workspace))
+    assert (state.recipe, state.searched) == ({"train.warmup_steps": 2}, 3)
+    spent = [(one["cycle"], one["steps"]) for one in state.spent if one["what"] == "search"]
+    assert spent == [("cycle-0001", 30), ("cycle-0003", 30)]

@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.artifacts import open_workspace
-from components.dataset import DatasetVersion
+from cluster.registry import Registry
+from components.dataset import TEST, DatasetVersion
 from components.models import load_parts, save_parts
-from flows import arrivals, decay
+from components.triggers import Decay
+from flows import arrivals, decay, prepare
 from flows.decay import compare, decay_beside
 from flows.models import resolve_model
-from tests.loop_world import arrive, loop_config
+from tests.loop_world import arrive, crown, loop_config
 
 
 def test_means_and_ratio_of_known_losses() -> None:
@@ -51,3 +54,34 @@ def test_both_champions_denoise_the_same_arrivals_once(
     monkeypatch.setattr(decay, "load_parts", None)  # nothing is measured again
     again = decay_beside(config, workspace, models, seen)
     assert again is not None and np.array_equal(again.new_N, found.new_N)
+
+
+def test_champion_is_measured_on_its_own_test_pictures_and_on_arrivals_of_another_world(
+    tiny_base: Path, tmp_path: Path, empty_registry: Path, examined_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "mlflow.db").write_bytes(empty_registry.read_bytes())
+    arrive(tmp_path / "source", "base", 0, 80)
+    config = loop_config(tmp_path, tiny_base, "data.test_fraction=0.4")
+    workspace = open_workspace(config.workspace)
+    parent = prepare.ensure_dataset(config)
+    crown(config, tiny_base, "run-0", parent.id)
+    champion = Registry(workspace).by_number(config.name, 1)
+
+    def measured() -> Decay:
+        return decay.measure_decay(config, workspace, champion, parent, arrivals.look(config, parent, settle_s=0))
+
+    arrive(tmp_path / "source", "drifted", 0, decay.FEWEST - 1)
+    assert measured().skipped.startswith(f"{decay.FEWEST - 1} arrivals and {len(parent.split(TEST))} test pictures")
+    arrive(tmp_path / "source", "drifted", 100, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(decay, "MOST_PARAMETERS_ON_CPU", 1)
+        assert "without a GPU costs too much" in measured().skipped
+    found = measured()
+    assert not found.skipped and found.pictures == decay.FEWEST + 5
+    ratio = found.arrivals / found.own - 1
+    assert found.own > 0 and found.own != found.arrivals and abs(ratio) < 1, "the same noise, other pictures"
+    assert ratio - 1 < found.low < ratio
+    monkeypatch.setattr(decay, "load_parts", None)  # nothing is measured again
+    assert measured() == found

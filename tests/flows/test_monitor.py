@@ -178,6 +178,22 @@ def test_budget_is_spent_by_tests_alone_whatever_the_clock_does(world: Path, wor
     assert "2 looks at this reference" in Path(later["report"]).read_text()
 
 
+def test_a_test_dated_by_a_clock_that_was_far_ahead_is_not_waited_for(
+    world: Path, workspace: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    put(source, "base", range(40))
+    config = config_of(workspace, source)
+    spent = looked(config, days=400)["spent"]
+    put(source, "base", range(60))
+    back = looked(config, days=1)
+    assert (back["tested"], back["spent"]) == (False, spent) and spent > 0
+    assert any("by a clock that was ahead" in reason for reason in back["reasons"])
+    later = looked(config, days=2)
+    assert later["tested"] and later["spent"] == pytest.approx(spent + PER_YEAR / 365)
+    assert not any("ahead" in reason for reason in later["reasons"])
+
+
 def test_another_reference_does_not_bring_the_budget_back(world: Path, workspace: Path) -> None:
     config = config_of(workspace, world / "same")
     assert looked(config)["tested"]

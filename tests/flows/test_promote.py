@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 
 from cluster.artifacts import open_workspace, read_journal, write_record
 from cluster.champion import move_champion, set_challenger
-from cluster.errors import RegistryError
+from cluster.errors import LeaseLostError, RegistryError
 from cluster.registry import (
     CHALLENGER,
     CHAMPION,
@@ -239,6 +239,20 @@ def test_promotion_that_was_overtaken_is_compared_with_the_new_champion(config, 
     result = promote.run(config, "fresco-c")
     assert (result["decision"], result["champion"], result["previous"]) == ("promote", 3, 2)
     assert any("compared with champion 2" in reason for reason in result["reasons"])
+
+
+def test_promotion_whose_asker_was_replaced_while_it_waited_for_the_lock_moves_nothing(config, make_model) -> None:
+    make_model("fresco-a", MIDDLE)
+    asked: list[bool] = []
+
+    def confirm() -> None:
+        asked.append(True)
+        if len(asked) == 2:  # the first is before the lock
+            raise LeaseLostError("an heir works here")
+
+    with pytest.raises(LeaseLostError, match="an heir"):
+        promote.run(config, "fresco-a", confirm=confirm)
+    assert registry_of(config).by_alias("fresco", CHAMPION) is None
 
 
 def test_promoting_the_champion_again_changes_nothing_but_a_missing_card(config, make_model) -> None:

@@ -15,17 +15,15 @@ from typing import Any
 import pytest
 
 from cluster.artifacts import open_workspace, read_journal
-from cluster.champion import move_champion
 from cluster.errors import LeaseLostError
 from cluster.fencing import write_fenced
 from cluster.lease import hold_lease, read_lease
-from cluster.registry import CHAMPION, TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_RUN, Registry
+from cluster.registry import CHAMPION, Registry
 from components.evidence import Served
-from components.models import model_fingerprint
 from flows import arrivals, findings, prepare, promote, retrain, snapshot
 from flows.config import Config, with_overrides
-from flows.ledger import Ledger, asked_uri, lease_place, look_at, state_uri
-from tests.loop_world import arrive, loop_config, write_config
+from flows.ledger import Ledger, State, asked_uri, lease_place, look_at, state_uri
+from tests.loop_world import arrive, crown, loop_config, write_config
 
 WAIT_S = 240
 
@@ -43,10 +41,7 @@ def config(tmp_path: Path, tiny_pipelines: dict[int, Path], empty_registry: Path
 def served(config: Config, tiny_pipelines: dict[int, Path], examined_here: None) -> Config:
     """The same with a champion made from those pictures."""
     dataset = prepare.ensure_dataset(config)
-    registry = Registry(open_workspace(config.workspace))
-    tags = {TAG_RUN: "run-0", TAG_DATASET: dataset.id, TAG_MODEL_FINGERPRINT: model_fingerprint(tiny_pipelines[0])}
-    version = registry.register(config.name, tiny_pipelines[0], tags)
-    move_champion(registry, config.name, version.number)
+    crown(config, tiny_pipelines[0], "run-0", dataset.id)
     return config
 
 
@@ -165,6 +160,23 @@ def test_a_clock_that_was_set_back_is_taken_as_it_is(served: Config) -> None:
     assert first["kinds"] == ["cooldown", "new_images"], "from now on the cool-down passes"
     state = look_at(open_workspace(served.workspace))
     assert state.ended is not None and state.ended <= time.time() and state.spent[0]["at"] <= time.time()
+
+
+def test_a_search_that_is_due_counts_in_the_budget(tmp_path: Path) -> None:
+    settings = ("search.trials=5", "retrain.steps=4", "retrain.search_every=3", "retrain.anchor_every=4")
+    config = loop_config(tmp_path, tmp_path, *settings)
+
+    def planned(turns: int, searched: int, first: bool = False, **more: Any) -> tuple[int, float]:
+        spent = [{"cycle": "c", "what": "train", "at": 0.0, "steps": 8, "gpu_hours": 2.0}]
+        state = State(turns=turns, searched=searched, spent=spent)
+        found = findings.budget(with_overrides(config, more), state, first)
+        return found["planned_steps"], found["planned_gpu_hours"]
+
+    assert planned(0, 0, first=True) == (6 + 5 * 6, 9.0), "the first cycle searches, at train.steps"
+    assert planned(2, 1) == (4, 1.0) and planned(4, 1) == (4 + 5 * 4, 6.0)
+    assert planned(3, 1) == (6 + 5 * 6, 9.0), "an anchor trains, and its search tries, train.steps"
+    assert planned(4, 1, **{"search.budget_steps": 7}) == (4 + 7 + 4, 3.75), "the best one is finished all the same"
+    assert planned(4, 1, **{"retrain.search_every": 0}) == (4, 1.0)
 
 
 def test_the_standing_loop_tells_the_same_wait_once(served: Config) -> None:
