@@ -16,6 +16,7 @@ from typing import IO
 
 import psutil
 
+from cluster import s3
 from cluster.errors import PlacementError
 from cluster.redaction import redacted
 
@@ -87,7 +88,7 @@ class _Said:
         """Return the first line that says something, safe to show; call it when the program has ended."""
         self._thread.join(1.0)
         lines = [line.strip() for line in self._kept.decode("utf-8", "replace").splitlines()]
-        first = redacted(next(filter(None, lines), ""))
+        first = redacted(next(filter(None, lines), ""), s3.secrets())
         return "".join(character for character in first if character.isprintable())[:MOST_CHARS]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
+from cluster import s3
 from cluster.errors import PlacementError
 from cluster.hook_command import check_command, run_command
 from cluster.redaction import redacted
@@ -96,7 +97,7 @@ def send(section: Receivers, event: Mapping[str, Any]) -> list[str]:
 def _plain(value: Any) -> Any:
     """Return a value that any JSON reader takes: no NaN, no secrets in texts."""
     if isinstance(value, str):
-        return redacted(value)
+        return redacted(value, s3.secrets())
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -5,6 +5,7 @@ Light on purpose: importing it costs no torch and no ray.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.errors import PlacementError
+from cluster.redaction import HIDDEN, holds_credentials
 
 LOAD_LIMIT_S, COMPILE_LIMIT_S = 300.0, 240.0
 """How long a model may take until it draws, and how much longer for every number of rows that is compiled."""
@@ -45,7 +47,21 @@ class PlacementSection(Section):
     ray_address: str = ""
     """Address of a running Ray cluster; empty starts a local one for the verb."""
     tracking_uri: str = ""
-    """MLflow tracking server; empty keeps a SQLite database in the workspace."""
+    """MLflow tracking server; empty keeps a SQLite database in the workspace.
+
+    User and password are no part of it: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment.
+    """
+
+    @field_validator("tracking_uri", mode="wrap")
+    @classmethod
+    def _without_credentials(cls, uri: Any, check: Callable[[Any], str]) -> str:
+        if holds_credentials(str(uri)):  # not told: pydantic's own report would quote it
+            raise PlacementError(
+                f"placement.tracking_uri expected an address without user and password, found {HIDDEN}; records and"
+                " logs hold the address, so set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the"
+                " environment (also of a cluster's nodes) and name http://HOST:PORT"
+            )
+        return check(uri)
 
 
 class ServeSection(Section):

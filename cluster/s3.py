@@ -14,6 +14,7 @@ import random
 import re
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
@@ -39,6 +40,8 @@ CONDITION_FAILED = ("PreconditionFailed", "412")
 TRY_AGAIN = ("ConditionalRequestConflict", "409")
 WRONG_CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
 _MD5 = re.compile(r"[0-9a-f]{32}")
+_MADE: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Clients of this process."""
 EXPRESS_BUCKET = "--x-s3"
 """How the names of S3 Express buckets end: their ETags look like an MD5 and are none. So do some of Google's."""
 
@@ -54,16 +57,16 @@ def aws_environment() -> dict[str, str]:
 
 
 def secrets() -> list[str]:
-    """Return the secrets that the client signs with, wherever in the AWS chain they came from."""
-    from botocore.exceptions import BotoCoreError
+    """Return the secrets that this process's clients sign with, wherever in the AWS chain they came from.
 
-    try:
-        signer = getattr(client(), "_request_signer", None)
-    except (BotoCoreError, ValueError):
-        return []  # what cannot be made holds none
-    credentials = getattr(signer, "_credentials", None)
-    held = getattr(credentials, "_frozen_credentials", None) or credentials
-    return [str(secret) for secret in (getattr(held, "secret_key", ""), getattr(held, "token", "")) if secret]
+    Of clients that were made: making one, or asking a role for new keys, would ask the network.
+    """
+    found = set()
+    for made in list(_MADE):
+        credentials = getattr(getattr(made, "_request_signer", None), "_credentials", None)
+        held = getattr(credentials, "_frozen_credentials", credentials)  # a role's, None before the first request
+        found |= {str(secret) for secret in (getattr(held, "secret_key", ""), getattr(held, "token", "")) if secret}
+    return sorted(found)
 
 
 def read(bucket: str, key: str, **conditions: Any) -> tuple[bytes, str]:
@@ -227,7 +230,7 @@ def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> Any:
     for noisy in ("botocore", "boto3", "s3transfer", "urllib3"):
         if logging.getLogger(noisy).level == logging.NOTSET:
             logging.getLogger(noisy).setLevel(logging.INFO)
-    return boto3.session.Session().client(
+    made = boto3.session.Session().client(
         "s3",
         config=Config(
             retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
@@ -236,6 +239,8 @@ def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> Any:
             max_pool_connections=MAX_CONNECTIONS,
         ),
     )
+    _MADE.add(made)
+    return made
 
 
 def _damage() -> tuple[type[Exception], ...]:

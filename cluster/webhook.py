@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cluster import s3
 from cluster.errors import PlacementError
 from cluster.redaction import redacted
 
@@ -172,7 +173,7 @@ def _attempt(limit_s: float, address: str, headers: dict[str, str], body: bytes)
 def _told(error: Exception, address: str) -> str:
     """What a library says of a failed call, in one line and without the address."""
     text = (str(error) or type(error).__name__).splitlines()[0]
-    return redacted(text.replace(address, _shown(address)))[:MOST_CHARS]
+    return redacted(text.replace(address, _shown(address)), s3.secrets())[:MOST_CHARS]
 
 
 def _shown(address: str) -> str:

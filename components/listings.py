@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -67,7 +67,7 @@ def write_listing(target: Path | BinaryIO, rows: Iterable[Seen]) -> tuple[str, i
                     )
                 digest.update(json.dumps([row.uri, row.size_bytes, row.etag]).encode())
                 last, number = row.uri, number + 1
-            writer.write_table(pa.Table.from_pylist([asdict(row) for row in group], schema=SCHEMA))
+            writer.write_table(pa.Table.from_pylist([vars(row) for row in group], schema=SCHEMA))
     return digest.hexdigest()[:24], number
 
 

@@ -80,11 +80,11 @@ class RetrainSection(Section):
     lease_ttl_s: float = Field(30.0, ge=2)
     """After so long without a heartbeat a dead loop's work is taken over."""
     webhook: str = ""
-    """Address (https, or http on this machine) that is told of every decision; empty: none."""
+    """Address (https, or http on this machine) that is told of every decision, at most once; empty: none."""
     webhook_secret_file: str = ""
     """File with the key of the signature (HMAC-SHA256) that each message to the webhook carries."""
     command: str = ""
-    """Program (with arguments) that is given every decision as JSON on its standard input; empty: none."""
+    """Program (with arguments) that gets every decision, at most once, as JSON on its standard input; empty: none."""
 
     @field_validator("time_zone")
     @classmethod

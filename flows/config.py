@@ -16,7 +16,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from cluster.artifacts import NEEDS_TRACKING
 from cluster.notify import check_form
 from cluster.placement import PlacementSection, ServeSection
-from cluster.redaction import redacted
+from cluster.redaction import holds_credentials, redacted
 from components.errors import InputError
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection, Section, TrainSection
 from components.search_space import SearchSection
@@ -83,7 +83,7 @@ def load_config(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error)) from error
+        raise InputError(_explain(error)) from None  # its text quotes what it was given
 
 
 def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
@@ -98,7 +98,7 @@ def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error)) from error
+        raise InputError(_explain(error)) from None  # its text quotes what it was given
 
 
 def recipe_fingerprint(config: Config, dataset_id: str, base_fingerprint: str) -> str:
@@ -182,6 +182,7 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"config key {path!r} is unknown; nearest key: {near[0]!r}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(problem["input"], dict) else f" (found {redacted(repr(problem['input']))})"
+            unshown = isinstance(problem["input"], dict) or holds_credentials(str(problem["input"]))
+            found = "" if unshown else f" (found {redacted(repr(problem['input']))})"
             lines.append(f"config {path}: {message}{found}" if path else message)
     return "\n".join(lines)

@@ -6,6 +6,7 @@ last, the record. The pixels of its pictures lie beside, under the hash of their
 
 import io
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def discard_pixels(config: Config, workspace: Workspace, shards: set[str]) -> No
 
 
 def store_version(
-    config: Config, workspace: Workspace, parts: tuple[pa.Table, dict[str, Any], list[Seen]], inputs: dict[str, Any]
+    config: Config, workspace: Workspace, parts: tuple[pa.Table, dict[str, Any], Iterable[Seen]], inputs: dict[str, Any]
 ) -> DatasetVersion:
     """Write manifest, card and listing (the files it was made of), then the record that makes them a version."""
     manifest, card, seen = parts
@@ -60,7 +61,7 @@ def store_version(
     return versions.load_dataset(directory)
 
 
-def store_listing(directory: Path, seen: list[Seen]) -> None:
+def store_listing(directory: Path, seen: Iterable[Seen]) -> None:
     """Write the listing of a version whole or not at all."""
     buffer = io.BytesIO()
     write_listing(buffer, seen)

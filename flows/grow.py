@@ -86,7 +86,7 @@ def _write(
     counts = {kind: arrivals.counts[kind] for kind in ("repeated", "missing", "pending", "later")}
     card |= {"parent": parent.id, "arrivals": {"new": len(added), **counts}}
     taken = sorted({file.uri: file for file in _files(arrivals)}.values(), key=lambda file: file.uri)
-    listing = list(union(read_listing(parent.directory / LISTING), taken))
+    listing = union(read_listing(parent.directory / LISTING), taken)
     inputs = {"parent": parent.id, "snapshots": [], "arrivals": card["arrivals"]}
     dataset = store_version(config, workspace, (manifest, card, listing), inputs)
     numbers = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLITS)

@@ -277,7 +277,7 @@ def _write_version(
     record = artifacts.read_record(directory)
     if record is not None:
         say(f"dataset {dataset_id}: the same pictures and captions as before")
-        store_listing(directory, list(union(read_listing(directory / LISTING), source.seen)))
+        store_listing(directory, union(read_listing(directory / LISTING), source.seen))
         record["snapshots"] = sorted({*record["snapshots"], source.snapshot})
         artifacts.write_record(directory, record)
         return versions.load_dataset(directory)

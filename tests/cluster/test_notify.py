@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import notify, webhook
+from cluster import notify, s3, webhook
 from cluster.errors import PlacementError
 from cluster.hook_command import run_command
 from cluster.notify import check, check_form, message_of, send
@@ -298,6 +299,39 @@ def test_command_that_fails_is_told_by_its_first_line_without_secrets(monkeypatc
     script = 'echo; echo "no room for $AWS_SECRET_ACCESS_KEY \x1b[2J" >&2; echo more; exit 3'
     found = run_command(f"sh -c {shlex.quote(script)}", b"{}")
     assert found == "command 'sh' expected to end with 0, found: exit code 3; it said: no room for [hidden] [2J"
+
+
+@pytest.fixture
+def role_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The secret of a profile that a client of this process signs with; no variable holds it."""
+    secret = "wJalrXUtnFEMIofaPROFILE"
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    shared = tmp_path / "credentials"
+    shared.write_text(f"[team]\naws_access_key_id = AKIATEST\naws_secret_access_key = {secret}\n")
+    for name, value in (("SHARED_CREDENTIALS_FILE", str(shared)), ("PROFILE", "team"), ("DEFAULT_REGION", "eu-west-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert secret not in s3.secrets()
+    s3.client()
+    assert secret in s3.secrets()
+    return secret
+
+
+def test_secret_of_a_profile_is_in_no_message_and_in_nothing_that_is_told_of_a_command(role_secret: str) -> None:
+    script = f'cat >&2; echo "no room for {role_secret}"; exit 3'
+    found = run_command(f"sh -c {shlex.quote(script)}", b"")
+    assert found.endswith("it said: no room for [hidden]")
+    with receiver(400) as served:
+        assert role_secret not in post(f"{served.url}/{role_secret}", KEY, "one", b"{}")
+    sent = json.dumps(notify._plain({"reasons": [f"found key {role_secret}"], "links": {"a": role_secret}}))
+    assert role_secret not in sent and sent.count("[hidden]") == 2
+
+
+def test_telling_makes_no_client_for_a_storage_that_nobody_uses() -> None:
+    made = s3._client_for.cache_info().misses
+    notify._plain({"reasons": ["a text"]})
+    assert run_command("sh -c 'echo no; exit 1'", b"").endswith("it said: no")
+    assert s3._client_for.cache_info().misses == made
 
 
 def test_command_that_prints_without_end_is_heard_to_the_end_in_bounded_memory() -> None:

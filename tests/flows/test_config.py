@@ -1,6 +1,7 @@
 """The config tree: unknown keys, overrides, YAML, and a fingerprint that placement cannot change."""
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 from cluster.placement import PlacementSection, ServeSection
 from components.errors import InputError
 from components.recipe import DataSection, EvaluateSection, GateSection, LearningRate, TrainSection
-from flows.config import Config, known_keys, load_config, recipe_fingerprint
+from flows.config import Config, known_keys, load_config, recipe_fingerprint, with_overrides
 from flows.presets import PRESETS, tiny_cpu
 
 DATASET, BASE = "emblems@0123456789ab", "ba5e00000000"
@@ -192,6 +193,23 @@ def test_set_reads_values_as_people_write_them(override: str, value: Any) -> Non
 def test_wrong_values_are_input_errors_with_path_and_value(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(overrides=[override])
+
+
+@pytest.mark.parametrize("address", ["http://me:wo-rd7@host:5000", "http://me:wo/rd7@host", "http://me:wo@rd7@host"])
+def test_tracking_server_with_a_password_in_its_address_is_refused_with_the_variables_and_without_the_password(
+    address: str, tmp_path: Path
+) -> None:
+    written = tmp_path / "fresco.yaml"
+    written.write_text(f"placement: {{tracking_uri: '{address}'}}\n")
+    for read in (
+        lambda: load_config(overrides=[f"placement.tracking_uri={address}"]),
+        lambda: load_config(str(written)),
+        lambda: with_overrides(load_config(), {"placement.tracking_uri": address}),
+    ):
+        with pytest.raises(InputError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as error:
+            read()
+        shown = "".join(traceback.format_exception(error.value))
+        assert "rd7" not in shown and "me:wo" not in shown
 
 
 def test_later_overrides_win_and_the_workspace_option_wins_over_all() -> None:

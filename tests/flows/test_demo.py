@@ -80,6 +80,42 @@ def test_story_that_is_interrupted_ends_its_endpoint_where_it_would_have_ended_i
     assert asked == [{"detach": True}, *([{"stop": True}] if stop else [])]
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_finished_story_ends_with_the_address_of_an_endpoint_that_goes_on_where_it_was_not_to_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+    url = "http://127.0.0.1:9"
+
+    def served(config: object, **options: bool) -> dict[str, Any]:
+        asked.append(options)
+        return {"url": url}
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    drawn = {"files": [str(picture)] * len(demo.PROMPTS), "model_version": 1}
+    refused = {"decision": "refuse", "champion": 1, "evaluation": "e.html", "report": "r.html", "scorecard": {}}
+    tuned = {"best": {"run_id": "fresco-aaa"}, "report": "s.html"}
+    for name, done in (("prepare", {}), ("promote", refused), ("tune", tuned), ("generate", drawn)):
+        monkeypatch.setattr(getattr(demo, name), "run", lambda *arguments, done=done: done)
+    monkeypatch.setattr(demo, "local_session", lambda placement: nullcontext())
+    monkeypatch.setattr(demo.serve, "run", served)
+    workspace = tmp_path / "w"
+    (workspace / "pictures").mkdir(parents=True)
+    found = demo.run(load_config(preset="tiny_cpu", workspace=str(workspace)), stop=stop)
+    assert found["url"] == url and size_of(found["grid"])[0] > 500
+    told = capsys.readouterr().err.splitlines()
+    if stop:
+        assert asked == [{"detach": True}, {"stop": True}]
+        assert told[-2] == f"playground:       {url} (ended with the story)" and "serve --detach" in told[-1]
+    else:
+        assert asked == [{"detach": True}], "nobody ended it"
+        assert told[-4] == f"playground:       {url}" and f"{url}/v1/images/generations" in told[-3]
+        assert told[-1].startswith("to end the endpoint: ") and told[-1].endswith(
+            f"serve --stop --workspace {workspace}"
+        )
+
+
 def size_of(path: str) -> tuple[int, int]:
     with Image.open(path) as picture:
         return picture.size

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from flows import arrivals, findings, prepare, promote, retrain, snapshot
 from flows.config import Config, with_overrides
 from flows.ledger import Ledger, State, asked_uri, lease_place, look_at, state_uri
 from tests.loop_world import arrive, crown, loop_config, write_config
+
+from flows.config import Config, load_config, with_overrides
+from flows.ledger import Ledger, asked_uri, lease_place, look_at, state_uri
+from tests.loop_world import arrive, loop_config, write_config
 
 WAIT_S = 240
 
@@ -177,6 +182,38 @@ def test_a_search_that_is_due_counts_in_the_budget(tmp_path: Path) -> None:
     assert planned(3, 1) == (6 + 5 * 6, 9.0), "an anchor trains, and its search tries, train.steps"
     assert planned(4, 1, **{"search.budget_steps": 7}) == (4 + 7 + 4, 3.75), "the best one is finished all the same"
     assert planned(4, 1, **{"retrain.search_every": 0}) == (4, 1.0)
+
+def test_receivers_are_told_how_it_was_decided_and_how_a_cycle_ended_and_nothing_else(tmp_path: Path) -> None:
+    got: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    key = tmp_path / "hook.key"
+    key.write_text("a key of the tests, long enough")
+    key.chmod(0o600)
+    events = ["trigger", "dataset", "stage", "monitor", "promote", "cycle", "retrain", "rollback", "trigger"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        receiver = [f"retrain.webhook=http://127.0.0.1:{server.server_port}", f"retrain.webhook_secret_file={key}"]
+        tell = retrain._teller(load_config(overrides=receiver, workspace=str(tmp_path / "somewhere")))
+        for number, event in enumerate(events):
+            tell({"event": event, "decision": "wait", "reasons": [f"line {number}"]})
+        server.shutdown()
+        thread.join()
+    assert [(one["event"], one["reasons"]) for one in got] == [
+        ("trigger", ["line 0"]),
+        ("cycle", ["line 5"]),
+        ("trigger", ["line 8"]),
+    ]
+    assert {one["workspace"] for one in got} == {"somewhere"}
 
 
 def test_the_standing_loop_tells_the_same_wait_once(served: Config) -> None:

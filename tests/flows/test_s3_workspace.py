@@ -3,17 +3,20 @@
 A machine is a stage folder of its own; workers of the shared Ray session know no AWS_* variables but those carried.
 """
 
+import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster import stage, storage
+from cluster import s3, stage, storage
 from cluster.artifacts import open_workspace, read_journal, read_record
 from cluster.errors import StorageError
 from cluster.workers import read_lines
@@ -38,14 +41,19 @@ from tests.loop_world import arrive, loop_config
 from tests.machines import Machines
 from tests.servers import free_port, mlflow_server
 
-SECRET = "not-to-be-seen-5f1e0c9a"
+SECRET, TOKEN = "not-to-be-seen-5f1e0c9a", "nor-this-session-token-77d0b3"
 
 
 @pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow")
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tracking server keeps database, files and log."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(mlflow_folder: Path) -> Iterator[str]:
     port = free_port()
-    with mlflow_server(folder, f"sqlite:///{folder / 'mlflow.db'}", port):
+    with mlflow_server(mlflow_folder, f"sqlite:///{mlflow_folder / 'mlflow.db'}", port):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -89,16 +97,19 @@ def test_a_workspace_on_s3_without_a_tracking_server_is_refused_with_what_to_do(
 def test_verbs_go_on_where_another_machine_stopped(
     s3_network: Network,
     tracking_uri: str,
+    mlflow_folder: Path,
     ray_session: None,
     tiny_base: Path,
     machines: Machines,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = config_of(tiny_base, machines.uri, tracking_uri)
     here = config_of(tiny_base, str(tmp_path / "local"), tracking_uri, "name=alone")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
 
     # One machine prepares, trains, and is stopped in the middle of its second checkpoint.
     machines.be("one")
@@ -160,18 +171,21 @@ def test_verbs_go_on_where_another_machine_stopped(
     assert rollback.run(config)["champion"] == 1
     events = [line["event"] for line in read_journal(open_workspace(config.workspace))]
     assert events == ["dataset", "promote", "promote", "rollback"]
-    _no_secrets_and_no_local_paths(config, tmp_path)
+    _no_local_paths(config, tmp_path)
+    assert leaks(config.workspace, (tmp_path, mlflow_folder), "".join(capfd.readouterr())) == []
 
 
 @pytest.mark.slow  # two trainings of the loop
 def test_the_loop_goes_on_on_another_machine_with_a_source_that_is_a_bucket_too(
     s3_network: Network,
     tracking_uri: str,
+    mlflow_folder: Path,
     ray_session: None,
     tiny_base: Path,
     machines: Machines,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     source = machines.uri.replace("/team/", "/arrivals/")
     lenient = ("gate.min_improvement=0", "gate.seed_spread=0", "gate.significance=0.2", "gate.max_clip_drop=100")
@@ -179,6 +193,7 @@ def test_the_loop_goes_on_on_another_machine_with_a_source_that_is_a_bucket_too(
     config = loop_config(tmp_path, tiny_base, *lenient, *places).model_copy(update={"workspace": machines.uri})
     arrive(source, "base", 0, 60)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
 
     # The first machine makes the first champion.
     machines.be("one")
@@ -207,14 +222,56 @@ def test_the_loop_goes_on_on_another_machine_with_a_source_that_is_a_bucket_too(
     stages = [line for line in read_journal(workspace) if line["event"] == "stage" and line["cycle"] == "cycle-0002"]
     states = [(line["stage"], line["state"]) for line in stages]
     assert len(states) == len(set(states)) and ("train", "done") in states
-    _no_secrets_and_no_local_paths(config, tmp_path)
+    _no_local_paths(config, tmp_path)
+    assert leaks(config.workspace, (tmp_path, mlflow_folder), "".join(capfd.readouterr())) == []
 
 
-def _no_secrets_and_no_local_paths(config: Config, tmp_path: Path) -> None:
-    """Nothing in the bucket holds a credential, or a path that means nothing on another machine."""
+def test_a_secret_is_found_wherever_it_lies(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
+    table = tmp_path / "packed"
+    pq.write_table(pa.table({"note": [f"{TOKEN} " * 50]}), table, compression="zstd")
+    packed = table.read_bytes()
+    table.unlink()
+    for name, content in (("a.html", f"<p>{SECRET}"), ("b/.hidden.png", f"\x89PNG {TOKEN}"), ("c.json", "{}")):
+        storage.write_bytes_atomic(f"{bucket}/team/{name}", content.encode())
+    storage.write_bytes_atomic(f"{bucket}/arrivals/d.parquet", packed)
+    (tmp_path / "mlflow.db").write_bytes(b"SQLite\0" + TOKEN.encode() + b"\0")
+    (tmp_path / "plain.log").write_text("nothing")
+    print(SECRET)
+    found = leaks(f"{bucket}/team", (tmp_path,), "".join(capfd.readouterr()))
+    keys = ["arrivals/d.parquet", "team/a.html", "team/b/.hidden.png"]
+    assert found == [*keys, str(tmp_path / "mlflow.db"), "what was printed"]
+
+
+def leaks(workspace: str, folders: Sequence[Path], printed: str) -> list[str]:
+    """Name every object of the workspace's bucket and every file of the folders, of any kind, that holds a secret."""
+    bucket = workspace.removeprefix("s3://").partition("/")[0]
+    pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    assert keys, "there is something to look at"
+    found = [key for key in keys if _tells(s3.read(bucket, key)[0])]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    found += [str(path) for path in files if _tells(path.read_bytes())]
+    return found + (["what was printed"] if _tells(printed.encode()) else [])
+
+
+def _tells(content: bytes) -> bool:
+    """Whether bytes, or the texts in a packed table, hold a secret."""
+    if content.startswith(b"PAR1"):
+        table = pq.read_table(io.BytesIO(content))
+        texts = [column for column in table.columns if pa.types.is_string(column.type)]
+        content += repr([column.to_pylist() for column in texts]).encode()
+    return any(secret.encode() in content for secret in (SECRET, TOKEN))
+
+
+def _no_local_paths(config: Config, tmp_path: Path) -> None:
+    """Nothing in the workspace names a path that means nothing on another machine, and all its JSON can be read."""
     for entry in storage.list_files(config.workspace):
         if entry.uri.endswith((".json", ".jsonl")):
             text = storage.read_bytes(entry.uri).decode()
-            assert SECRET not in text and str(tmp_path / "machines") not in text, entry.uri
+            assert str(tmp_path / "machines") not in text, entry.uri
             for line in text.splitlines() if entry.uri.endswith(".jsonl") else [text]:
                 json.loads(line)

@@ -1,5 +1,7 @@
 """The sample is a function of the source as it is now, and only what may enter it is read."""
 
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cluster import storage
 from cluster.artifacts import open_workspace
 from components.arrivals import CHANGING
 from components.dataset import DatasetVersion
@@ -123,3 +126,32 @@ def test_a_file_that_came_to_rest_for_whoever_asks_has_come_to_rest(tmp_path: Pa
     put(tmp_path / "source", range(30, 40))
     again = arrivals.look(config, NOBODY, loops.cursor, 60.0, at=1000.0)
     assert again.counts["new"] == 30, "the caller's listing is still there"
+
+
+def test_memory_of_a_look_does_not_grow_with_the_number_of_arrivals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").mkdir()
+
+    def peak_bytes(num_pictures: int) -> int:
+        """Of the Python objects of a look at pictures that the sample passes over, or that are gone when it reads."""
+
+        def names(root: str) -> Iterator[storage.FileEntry]:
+            for number in range(num_pictures):
+                for suffix in ("png", "txt"):
+                    yield storage.FileEntry(f"{root}/{number:07}.{suffix}", 9, "as-it-was")
+
+        monkeypatch.setattr(storage, "iter_files", names)
+        config = config_of(tmp_path, f"workspace-{num_pictures}")
+        tracemalloc.start()
+        try:
+            window = taken(config)
+            found = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert window.counts["unread"] > num_pictures - 300 and window.sample == ()
+        return found
+
+    peak_bytes(100)  # what is imported and cached once
+    small, large = peak_bytes(10_000), peak_bytes(50_000)  # 20,000 and 100,000 names: each has its caption
+    assert large < 1.3 * small + 500_000, (small, large)
