@@ -5,6 +5,7 @@ gone, streamed or not. What was drawn is offered to capture after the answer has
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
@@ -48,6 +49,10 @@ REQUESTS_ROUTE = "/v1/requests"
 LOCAL = "local"
 GONE_STATUS = 499
 """As nginx and Ray Serve call it: the client closed the request."""
+READ_TIMEOUT = "x-stainless-read-timeout"
+"""Header of the OpenAI client, in seconds: what it has not read by then it gives up and asks for twice more."""
+PART_OF_READ_TIMEOUT = 0.9
+"""Of it a request may take; the rest is for the way of the answer that says not to ask again."""
 
 T = TypeVar("T")
 Caller = Callable[[Request], ApiKey | None]
@@ -215,9 +220,20 @@ def _make_job(
     painter = desk.bridge.painter
     version = desk.check_model(body.model)
     order = make_order(body, desk.limits, painter.info(version), key.priority if key else MOST_PRIORITY, own_size)
+    if order.deadline_s is None and not order.stream:
+        order = replace(order, deadline_s=_patience_s(request, desk.limits.max_deadline_s))
     name = key.name if key else ""
     timed, arrived = desk.traces is not None, arrived_at(request)
     return Job(request_id_of(request), order, name, version=version, timed=timed, arrived=arrived)
+
+
+def _patience_s(request: Request, most_s: float) -> float | None:
+    """Return after how many seconds the client would give up and send the same again, None where it does not say."""
+    try:
+        timeout_s = float(request.headers.get(READ_TIMEOUT, ""))
+    except ValueError:
+        return None
+    return min(PART_OF_READ_TIMEOUT * timeout_s, most_s) if math.isfinite(timeout_s) and timeout_s > 0 else None
 
 
 async def _capture_streamed(desk: Desk, job: Job, offered: list[Finished], began: float) -> None:

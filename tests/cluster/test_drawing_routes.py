@@ -305,6 +305,59 @@ def test_deadline_that_passes_is_504_and_not_asked_again(
     assert ended[0].response.headers["x-should-retry"] == "false"
 
 
+def test_client_whose_read_timeout_comes_near_is_told_before_it_asks_again(
+    served: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, ended = served.engine.counters, []
+    timeout_s = 20.0  # long enough for this answer on any machine; the engine's clock goes on by itself
+
+    def ask(stream: bool) -> None:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=2, timeout=timeout_s) as client:
+            try:
+                list(client.images.generate(prompt="x", stream=stream, extra_body={"steps": 3}))  # type: ignore[call-overload]
+                ended.append(None)
+            except openai.APIStatusError as error:
+                ended.append(error)
+
+    for stream in (False, True):
+        before = counted.done + counted.failed + counted.cancelled
+        asking = threading.Thread(target=ask, args=(stream,))
+        with monkeypatch.context() as patch:
+            with held_step(served.engine) as entered:
+                asking.start()
+                assert entered.wait(60)
+                patch.setattr(served.engine, "_clock", lambda: time.monotonic() + 0.9 * timeout_s)
+                asked = served.engine.status().live_rows
+            asking.join(60)
+        assert asked == 1 and counted.done + counted.failed + counted.cancelled == before + 1, "work was repeated"
+    late, streamed = ended
+    assert (late.status_code, late.code) == (504, "deadline_exceeded")
+    assert late.response.headers["x-should-retry"] == "false"
+    assert streamed is None, "a stream is read bit by bit: its client's timeout says nothing of the whole"
+
+
+@pytest.mark.parametrize(
+    ("header", "deadline_s"),
+    [("2.0", 1.8), ("600", 60.0), ("None", None), ("nan", None), ("inf", None), ("-3", None), ("0", None), (None, None)],
+)
+def test_deadline_is_that_of_the_client_where_it_tells_one(
+    served: Endpoint, monkeypatch: pytest.MonkeyPatch, header: str | None, deadline_s: float | None
+) -> None:
+    asked: list[Any] = []
+    submit = served.engine.submit
+
+    def listen(request: Any, *more: Any, **named: Any) -> None:
+        asked.append(request.deadline_s)
+        submit(request, *more, **named)
+
+    monkeypatch.setattr(served.engine, "submit", listen)
+    with httpx.Client(trust_env=False, headers={"x-stainless-read-timeout": header} if header else {}) as http:
+        for more in ({}, {"deadline_s": 30.0}, {"stream": True}):
+            answer = http.post(f"{served.url}/v1/images/generations", json={"prompt": "x", "steps": 1, **more})
+            assert answer.status_code == 200, answer.text
+    assert asked == [deadline_s, 30.0, None]
+
+
 def told_of(served: Endpoint, name: str) -> dict[str, Any]:
     """The request log's line of a request, and its status among the metrics."""
     path = served.desk.folder / "serving" / "fresco" / "requests-local.jsonl"
