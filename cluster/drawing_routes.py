@@ -29,7 +29,7 @@ from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
 from cluster.cancel_files import CancelFiles
 from cluster.capture import Capture, Served, open_capture
-from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, make_order
+from cluster.images_schema import ImageOptions, ImagesRequest, make_order
 from cluster.metric_files import MetricFiles, metrics_folder
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job
@@ -194,7 +194,7 @@ async def _draw(
             offered.append(finished)
             tell(finished)
 
-        streamed = stream(write_events(drawing, job, route, told), on_error=partial(note_error, request))
+        streamed = stream(write_events(drawing, job, route, told), None, partial(note_error, request), job.request_id)
         streamed.background = BackgroundTask(_capture_streamed, desk, job, offered, began)
         return streamed
     with closing(drawing):
@@ -219,7 +219,7 @@ def _make_job(
     """Hold a request to every limit; ApiError names the field."""
     painter = desk.bridge.painter
     version = desk.check_model(body.model)
-    order = make_order(body, desk.limits, painter.info(version), key.priority if key else MOST_PRIORITY, own_size)
+    order = make_order(body, desk.limits, painter.info(version), key.priority if key else None, own_size)
     if order.deadline_s is None and not order.stream:
         order = replace(order, deadline_s=_patience_s(request, desk.limits.max_deadline_s))
     name = key.name if key else ""
