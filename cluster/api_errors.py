@@ -15,6 +15,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.failures import log_failure
 
 INVALID = "invalid_request_error"
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -134,7 +137,7 @@ def install_handlers(app: FastAPI, fields: Iterable[str]) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(Bugs)
 
 
 def _read_problem(request: Request, problem: Mapping[str, Any], fields: Iterable[str]) -> ApiError:
@@ -163,14 +166,33 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(error.status_code, message, code=code, headers=error.headers)
 
 
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    """Answer what nobody foresaw; the traceback is in the replica's log, and a client must not draw it thrice.
+class Bugs:
+    """Middleware: answers what nobody foresaw; its frames are in the log, and a client must not draw it thrice.
 
-    The client gets the kind and the request's id: the words of an error may hold paths of this machine, or a prompt.
+    The client gets the kind and the request's id: the words of an error may hold paths of this machine, or a prompt. An
+    exception handler would not do: what it answers is raised once more, and the server logs it with its words.
     """
-    name = request.scope.get("state", {}).get("request_id", "unknown")
-    message = f"drawing failed: {type(error).__name__}; the endpoint's log says more of request {name}"
-    return error_response(500, message, code="internal_error", headers=ONCE)
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def tell(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tell)
+        except Exception as error:
+            name = scope.get("state", {}).get("request_id", "unknown")
+            log_failure(name, error)
+            if begun:  # the server ends the connection when it hears of it
+                raise RuntimeError(f"the answer to request {name} broke off; the log says more") from None
+            message = f"drawing failed: {type(error).__name__}; the endpoint's log says more of request {name}"
+            await error_response(500, message, code="internal_error", headers=ONCE)(scope, receive, send)
 
 
 def _writable(text: str) -> str:

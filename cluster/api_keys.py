@@ -48,7 +48,7 @@ class ApiKey(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     requests_per_minute: float = Field(USUAL_REQUESTS_PER_MINUTE, gt=0, allow_inf_nan=False)
     priority: int = Field(USUAL_PRIORITY, ge=0, le=MOST_PRIORITY)
-    """The highest priority that this key may ask for."""
+    """Of its requests, unless they ask for a lower one."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ gone, streamed or not. What was drawn is offered to capture after the answer has
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing
@@ -28,7 +29,7 @@ from cluster.api_keys import ApiKey
 from cluster.artifacts import Workspace
 from cluster.cancel_files import CancelFiles
 from cluster.capture import Capture, Served, open_capture
-from cluster.images_schema import MOST_PRIORITY, ImageOptions, ImagesRequest, make_order
+from cluster.images_schema import ImageOptions, ImagesRequest, make_order
 from cluster.metric_files import MetricFiles, metrics_folder
 from cluster.painter_bridge import PainterBridge
 from cluster.painter_contract import Finished, Job
@@ -48,6 +49,10 @@ REQUESTS_ROUTE = "/v1/requests"
 LOCAL = "local"
 GONE_STATUS = 499
 """As nginx and Ray Serve call it: the client closed the request."""
+READ_TIMEOUT = "x-stainless-read-timeout"
+"""Header of the OpenAI client, in seconds: what it has not read by then it gives up and asks for twice more."""
+PART_OF_READ_TIMEOUT = 0.9
+"""Of it a request may take; the rest is for the way of the answer that says not to ask again."""
 
 T = TypeVar("T")
 Caller = Callable[[Request], ApiKey | None]
@@ -189,7 +194,7 @@ async def _draw(
             offered.append(finished)
             tell(finished)
 
-        streamed = stream(write_events(drawing, job, route, told), on_error=partial(note_error, request))
+        streamed = stream(write_events(drawing, job, route, told), None, partial(note_error, request), job.request_id)
         streamed.background = BackgroundTask(_capture_streamed, desk, job, offered, began)
         return streamed
     with closing(drawing):
@@ -214,10 +219,21 @@ def _make_job(
     """Hold a request to every limit; ApiError names the field."""
     painter = desk.bridge.painter
     version = desk.check_model(body.model)
-    order = make_order(body, desk.limits, painter.info(version), key.priority if key else MOST_PRIORITY, own_size)
+    order = make_order(body, desk.limits, painter.info(version), key.priority if key else None, own_size)
+    if order.deadline_s is None and not order.stream:
+        order = replace(order, deadline_s=_patience_s(request, desk.limits.max_deadline_s))
     name = key.name if key else ""
     timed, arrived = desk.traces is not None, arrived_at(request)
     return Job(request_id_of(request), order, name, version=version, timed=timed, arrived=arrived)
+
+
+def _patience_s(request: Request, most_s: float) -> float | None:
+    """Return after how many seconds the client would give up and send the same again, None where it does not say."""
+    try:
+        timeout_s = float(request.headers.get(READ_TIMEOUT, ""))
+    except ValueError:
+        return None
+    return min(PART_OF_READ_TIMEOUT * timeout_s, most_s) if math.isfinite(timeout_s) and timeout_s > 0 else None
 
 
 async def _capture_streamed(desk: Desk, job: Job, offered: list[Finished], began: float) -> None:

@@ -147,12 +147,13 @@ def make_order(
     body: ImageOptions,
     limits: ServeSection,
     info: Mapping[str, Any],
-    most_priority: int = MOST_PRIORITY,
+    key_priority: int | None = None,
     own_size: tuple[int, int] | None = None,
 ) -> Order:
     """Check a request against every limit; ApiError names the field, what was expected and what was found.
 
-    `most_priority` is what the caller's key allows; `own_size` (width_px, height_px) is that of the picture to edit.
+    `key_priority` is the most that the caller's key allows, and what is usual for it; None without keys. `own_size`
+    (width_px, height_px) is that of the picture to edit.
     """
     output = body.output_format or "png"
     quality = _within("output_compression", body.output_compression, 0, 100, default=100)
@@ -170,7 +171,7 @@ def make_order(
     return Order(
         rows=rows,
         scheduler=_chosen("scheduler", body.scheduler, info.get("schedulers", ())),
-        priority=_within("priority", body.priority, 0, most_priority, default=min(USUAL_PRIORITY, most_priority)),
+        priority=_priority(body.priority, key_priority),
         deadline_s=_within("deadline_s", body.deadline_s, 0.001, limits.max_deadline_s, None, "serve.max_deadline_s"),
         strength=_within(
             "strength", getattr(body, "strength", None), LEAST_STRENGTH, 1, default=limits.default_strength
@@ -182,6 +183,12 @@ def make_order(
         stream=bool(body.stream),
         partial_images=partial_images,
     )
+
+
+def _priority(asked: int | None, key_priority: int | None) -> int:
+    most, usual = (MOST_PRIORITY, USUAL_PRIORITY) if key_priority is None else (key_priority, key_priority)
+    priority: int = _within("priority", asked, 0, most, usual)
+    return priority
 
 
 def make_rows(

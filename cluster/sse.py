@@ -18,6 +18,7 @@ from typing import Any, Literal
 from starlette.responses import StreamingResponse
 
 from cluster.api_errors import ApiError, body_of, once
+from cluster.failures import log_failure
 
 HEARTBEAT = b": waiting\n\n"
 """A comment: clients skip it, proxies see that the connection lives, and a gone client is noticed."""
@@ -73,17 +74,20 @@ def stream(
     events: AsyncIterator[bytes],
     headers: Mapping[str, str] | None = None,
     on_error: Callable[[ApiError], None] = lambda error: None,
+    request_id: str = "unknown",
 ) -> StreamingResponse:
     """Answer with events; `events` is closed when the client goes, so its `finally` is where rows are freed.
 
     `on_error` hears of the error that ended the stream: its status, 200 since the first byte, cannot say it.
     """
     every = {**HEADERS, **(headers or {})}
-    return StreamingResponse(_guarded(events, HEARTBEAT_S, on_error), media_type="text/event-stream", headers=every)
+    return StreamingResponse(
+        _guarded(events, HEARTBEAT_S, on_error, request_id), media_type="text/event-stream", headers=every
+    )
 
 
 async def _guarded(
-    events: AsyncIterator[bytes], heartbeat_s: float, on_error: Callable[[ApiError], None]
+    events: AsyncIterator[bytes], heartbeat_s: float, on_error: Callable[[ApiError], None], request_id: str
 ) -> AsyncIterator[bytes]:
     """Pass events on, a heartbeat where none comes for so long, and an error as the event that ends the stream."""
     waiting: asyncio.Future[bytes] | None = None
@@ -103,11 +107,13 @@ async def _guarded(
                 on_error(error)
                 yield write_error(error)
                 return
-            except Exception:  # a bug: the client is told, and the traceback goes to the log as it would elsewhere
-                bug = once(500, "drawing failed; the endpoint's log says why", "internal_error")
+            except Exception as error:  # a bug; raised any further, the server would log its words
+                log_failure(request_id, error)
+                told = f"drawing failed; the endpoint's log says more of request {request_id}"
+                bug = once(500, told, "internal_error")
                 on_error(bug)
                 yield write_error(bug)
-                raise
+                return
     finally:
         if waiting is not None:
             waiting.cancel()

@@ -88,6 +88,8 @@ class PartialPicture:
     index: int
     """Counts a row's partial pictures from 0."""
     picture: Image.Image
+    version: str
+    """Name of the weights that draw it."""
 
 
 @dataclass(frozen=True)

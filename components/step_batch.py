@@ -257,7 +257,7 @@ class StepBatchEngine:
         if isinstance(result, Exception):
             self._fail(accepted, result)
         elif early is not None:
-            self._send(accepted, PartialPicture(request_id, row.index, early, result))
+            self._send(accepted, PartialPicture(request_id, row.index, early, result, accepted.version.name))
         else:
             accepted.pictures[row.index] = result
             pictures = tuple(picture for picture in accepted.pictures if picture is not None)

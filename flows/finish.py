@@ -56,18 +56,18 @@ class Finisher:
         if refused:
             self._tallies.refused(role, len(refused))
             raise refused_content(refused[0].category)
-        facts = {key: info.get(key) for key in FACTS}
+        facts = _facts(info)
         shown = [retouch(picture, job.order.postprocess) for picture in pictures]
         contents = tuple(self._file(job, row, picture, facts, retouched=True) for row, picture in enumerate(shown))
         phases = watch.stop() if watch is not None else ()
         return Finished(contents, f"{shown[0].width}x{shown[0].height}", facts, pictures, phases)
 
-    def show(self, job: Job, row: int, index: int, picture: Image.Image) -> Partial | None:
-        """Make the file of an unfinished picture; None where it should not be seen."""
+    def show(self, job: Job, row: int, index: int, picture: Image.Image, info: Mapping[str, Any]) -> Partial | None:
+        """Make the file of an unfinished picture, `info` as in `finish`; None where it should not be seen."""
         picture = _with_kept(job, picture)
         if not self._safety.check_pictures([picture])[0].allowed:
             return None  # the finished picture is judged by itself
-        return Partial(row, index, self._file(job, row, picture, {}))
+        return Partial(row, index, self._file(job, row, picture, _facts(info)))
 
     def _file(
         self, job: Job, index: int, picture: Image.Image, facts: Mapping[str, Any], retouched: bool = False
@@ -78,6 +78,10 @@ class Finisher:
         if retouched and order.postprocess:
             every["postprocess"] = ", ".join(order.postprocess)
         return encode(picture, order.output_format, order.quality, every, self._signer)
+
+
+def _facts(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: info.get(key) for key in FACTS}
 
 
 def _with_kept(job: Job, picture: Image.Image) -> Image.Image:

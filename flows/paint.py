@@ -168,10 +168,11 @@ class EnginePainter:
             info = self.lineup.facts(event.version)
             return partial(self._finisher.finish, job, event.pictures, info, role, watch)
         if isinstance(event, PartialPicture):
-            return partial(self._finisher.show, job, event.row, event.index, event.picture)
+            info = self.lineup.facts(event.version)
+            return partial(self._finisher.show, job, event.row, event.index, event.picture, info)
         if isinstance(event, Failed):
             self._tallies.ended(role, "failed")
-            return partial(_raise, failure(event.error))
+            return partial(_raise, failure(event.error, job.request_id))
         if isinstance(event, Cancelled):
             self._tallies.ended(role, "cancelled")
             return partial(_raise, once(CANCELLED_STATUS, "the request was cancelled", "request_cancelled"))

@@ -4,13 +4,12 @@ Full queues and backlogs pass, so they are 429 with Retry-After; what no waiting
 lost must not be asked for again by a client that nobody watches.
 """
 
-import logging
 import math
 
 from cluster.api_errors import ONCE, ApiError, later, once
+from cluster.failures import log_failure
 from components.errors import DeadlineError, QueueFullError
 
-LOG = logging.getLogger(__name__)
 MOST_RETRY_AFTER_S = 60
 """The OpenAI client does not wait longer by itself."""
 UNKNOWN_RETRY_AFTER_S = 2
@@ -35,14 +34,15 @@ def unmet_deadline(error: DeadlineError) -> ApiError:
     return busy
 
 
-def failure(error: Exception) -> ApiError:
+def failure(error: Exception, request_id: str) -> ApiError:
     """What ends a request that was accepted; a client must not ask for the same work again by itself."""
     if isinstance(error, DeadlineError):
         return once(504, str(error), "deadline_exceeded")
     if isinstance(error, InterruptedError):
         return shutting_down()
-    LOG.error("a request failed", exc_info=error)
-    return once(500, f"drawing failed: {type(error).__name__}; the endpoint's log says more", "drawing_failed")
+    log_failure(request_id, error)
+    told = f"drawing failed: {type(error).__name__}; the endpoint's log says more of request {request_id}"
+    return once(500, told, "drawing_failed")
 
 
 def shutting_down() -> ApiError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flows
-from cluster import stage
+from cluster import stage, storage
 from cluster.api_keys import check_exposure, is_loopback
 from cluster.artifacts import Workspace, finished, open_workspace, read_json, write_json_atomic
 from cluster.carry import Carry
@@ -44,6 +44,7 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
     if stop:
         return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
     check_exposure(config.serve)
+    _check_replicas(config)
     champion = champion_of(config, workspace)
     running = endpoint_of(workspace)
     if running is not None and running["model_version"] == champion.number:
@@ -106,6 +107,17 @@ def champion_of(config: Config, workspace: Workspace) -> Version:
     raise RegistryError(
         f"models:/{config.name}@champion expected in the registry, found no champion; run: fresco promote {which}"
     )
+
+
+def _check_replicas(config: Config) -> None:
+    """Refuse replicas on several machines that have no disk in common: a client would find half of what it asks for."""
+    serve, cluster = config.serve, config.placement.ray_address
+    if cluster and serve.max_replicas > 1 and storage.is_s3(config.workspace):
+        raise PlacementError(
+            "serve.max_replicas expected 1 with a workspace on S3 and placement.ray_address, found"
+            f" {serve.max_replicas}: pictures by url and cancellations lie on the machine of one replica; add"
+            " --set serve.max_replicas=1, or use a workspace on a disk that all machines share"
+        )
 
 
 def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Errors in OpenAI's shape, as its unmodified client reads them."""
 
 import pickle
+import traceback
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -9,9 +11,12 @@ import openai
 import pytest
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, ConfigDict
+from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
 from cluster.api_errors import ApiError, error_body, install_handlers, later, once, refused_content
+from cluster.request_ids import RequestIds
+from components.errors import InputError
 
 ROUTE = "/v1/images/generations"
 
@@ -101,6 +106,44 @@ def test_refused_content_tells_the_category_only() -> None:
     error = refused_content("weapons")
     assert (error.status, error.param, error.code) == (400, "prompt", "content_policy_violation")
     assert "weapons" in error.message
+
+
+def test_log_says_more_of_the_request_that_the_client_was_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    def cannot(prompt: str) -> None:
+        raise ValueError(f"cannot encode {prompt}")
+
+    try:
+        try:
+            cannot("my secret wish")
+        except ValueError as cause:
+            raise ExceptionGroup(
+                "my secret group", [InputError("steps expected 1"), KeyError("my secret key")]
+            ) from cause
+    except ExceptionGroup as error:
+        bug = error
+    inside = RequestIds(app_that_raises(bug), within_serve=False)
+    with TestClient(inside) as client:  # raises what the server would log
+        answer = client.post(ROUTE, json={"prompt": "x"}, headers={"x-request-id": "my-request-07"})
+    assert answer.status_code == 500 and "says more of request my-request-07" in answer.json()["error"]["message"]
+    assert "request my-request-07 failed: builtins.ExceptionGroup" in caplog.text
+    assert "components.errors.InputError: steps expected 1" in caplog.text and "builtins.KeyError (its" in caplog.text
+    assert "which came of:\nbuiltins.ValueError" in caplog.text and "in cannot\n" in caplog.text
+    assert "secret wish" not in caplog.text.replace('cannot("my secret wish")', "")
+
+
+def test_answer_that_breaks_off_is_no_place_for_the_words_of_a_bug_either() -> None:
+    app = app_that_raises()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"1"
+        raise ValueError("my secret wish")
+
+    app.get("/broken")(lambda: StreamingResponse(parts()))
+    with TestClient(app) as client, pytest.raises(RuntimeError, match="broke off") as told:
+        client.get("/broken")
+    assert "secret wish" not in "".join(traceback.format_exception(told.value)).replace(
+        'ValueError("my secret wish")', ""
+    )
 
 
 def test_half_a_surrogate_pair_in_a_message_is_escaped() -> None:

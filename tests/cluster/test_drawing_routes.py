@@ -16,6 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
+from cluster.api_keys import new_key
 from cluster.capture import read_captured
 from cluster.placement import ServeSection
 from components.provenance import verify
@@ -106,7 +107,7 @@ def test_url_leads_to_the_picture(client: openai.OpenAI) -> None:
         assert difference(opened(got.content), decoded(other.b64_json)) == 0
 
 
-def test_stream_shows_partial_pictures_then_the_finished_ones(client: openai.OpenAI) -> None:
+def test_stream_shows_partial_pictures_then_the_finished_ones(served: Endpoint, client: openai.OpenAI) -> None:
     more = {"seed": 3, "steps": 12}
     plain: Any = client.images.generate(prompt="x", n=2, extra_body=more)
     events: list[Any] = list(client.images.generate(prompt="x", n=2, stream=True, partial_images=2, extra_body=more))
@@ -118,6 +119,12 @@ def test_stream_shows_partial_pictures_then_the_finished_ones(client: openai.Ope
     for event, picture in zip(done, plain.data, strict=True):
         assert difference(decoded(event.b64_json), decoded(picture.b64_json)) <= 1
     assert all(decoded(event.b64_json).size == (32, 32) for event in partial)
+    keys = read_public_keys(served.desk.folder / "keys")
+    for event in partial:
+        verdict = verify(base64.b64decode(event.b64_json), keys)
+        assert verdict.status == "valid"
+        found = dict(verdict.facts)
+        assert (found["model_version"], found["run_id"], found["seed"]) == (4, "fresco-abc", 3 + event.index)
 
 
 def test_edit_keeps_what_the_mask_keeps_to_the_pixel(client: openai.OpenAI) -> None:
@@ -307,6 +314,68 @@ def test_deadline_that_passes_is_504_and_not_asked_again(
     assert ended[0].response.headers["x-should-retry"] == "false"
 
 
+def test_client_whose_read_timeout_comes_near_is_told_before_it_asks_again(
+    served: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, ended = served.engine.counters, []
+    timeout_s = 20.0  # long enough for this answer on any machine; the engine's clock goes on by itself
+
+    def ask(stream: bool) -> None:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=2, timeout=timeout_s) as client:
+            try:
+                list(client.images.generate(prompt="x", stream=stream, extra_body={"steps": 3}))  # type: ignore[call-overload]
+                ended.append(None)
+            except openai.APIStatusError as error:
+                ended.append(error)
+
+    for stream in (False, True):
+        before = counted.done + counted.failed + counted.cancelled
+        asking = threading.Thread(target=ask, args=(stream,))
+        with monkeypatch.context() as patch:
+            with held_step(served.engine) as entered:
+                asking.start()
+                assert entered.wait(60)
+                patch.setattr(served.engine, "_clock", lambda: time.monotonic() + 0.9 * timeout_s)
+                asked = served.engine.status().live_rows
+            asking.join(60)
+        assert asked == 1 and counted.done + counted.failed + counted.cancelled == before + 1, "work was repeated"
+    late, streamed = ended
+    assert (late.status_code, late.code) == (504, "deadline_exceeded")
+    assert late.response.headers["x-should-retry"] == "false"
+    assert streamed is None, "a stream is read bit by bit: its client's timeout says nothing of the whole"
+
+
+@pytest.mark.parametrize(
+    ("header", "deadline_s"),
+    [
+        ("2.0", 1.8),
+        ("600", 60.0),
+        ("None", None),
+        ("nan", None),
+        ("inf", None),
+        ("-3", None),
+        ("0", None),
+        (None, None),
+    ],
+)
+def test_deadline_is_that_of_the_client_where_it_tells_one(
+    served: Endpoint, monkeypatch: pytest.MonkeyPatch, header: str | None, deadline_s: float | None
+) -> None:
+    asked: list[Any] = []
+    submit = served.engine.submit
+
+    def listen(request: Any, *more: Any, **named: Any) -> None:
+        asked.append(request.deadline_s)
+        submit(request, *more, **named)
+
+    monkeypatch.setattr(served.engine, "submit", listen)
+    with httpx.Client(trust_env=False, headers={"x-stainless-read-timeout": header} if header else {}) as http:
+        for more in ({}, {"deadline_s": 30.0}, {"stream": True}):
+            answer = http.post(f"{served.url}/v1/images/generations", json={"prompt": "x", "steps": 1, **more})
+            assert answer.status_code == 200, answer.text
+    assert asked == [deadline_s, 30.0, None]
+
+
 def told_of(served: Endpoint, name: str) -> dict[str, Any]:
     """The request log's line of a request, and its status among the metrics."""
     path = served.desk.folder / "serving" / "fresco" / "requests-local.jsonl"
@@ -374,6 +443,76 @@ def test_refused_prompts_and_pictures_are_policy_violations(tiny_base: Path, tmp
             with pytest.raises(openai.BadRequestError, match="circles"):
                 client.images.generate(prompt="a red circle")
         assert safe.engine.counters.done == 1, "the warm-up, and nothing that was refused"
+
+
+def test_prompts_and_keys_reach_no_log(
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In every way in which a request ends; libraries raise with the prompt in their words, and that is made here."""
+    caplog.set_level("DEBUG")
+    secret, keys = "zebraquartz", tmp_path / "keys.yaml"
+    key = new_key(keys, "studio")
+    (tmp_path / "list.txt").write_text("[weapons]\ncannon\n")
+    limits = {"api_keys_file": str(keys), "blocklist_file": str(tmp_path / "list.txt")}
+    body, workspace = {"prompt": f"a {secret}", "negative_prompt": secret}, tmp_path / "workspace"
+    with (
+        endpoint(tiny_base, workspace, LIMITS.model_copy(update=limits)) as safe,
+        httpx.Client(base_url=safe.url, trust_env=False, headers={"authorization": f"Bearer {key}"}) as http,
+    ):
+
+        def ask(name: str, **more: Any) -> tuple[int, str]:
+            answer = http.post("/v1/images/generations", json=body | more, headers={"x-request-id": f"leak-{name}"})
+            return answer.status_code, answer.text if answer.status_code >= 400 else ""
+
+        def ask_and_cancel() -> tuple[int, str]:
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(ask, "cancelled", steps=LONG)
+                wait_for(lambda: "leak-cancelled" in safe.engine._requests)
+                assert http.delete("/v1/requests/leak-cancelled").status_code == 200
+                return asked.result(60)
+
+        def quote(parts: Any, prompts: list[str]) -> Any:
+            raise RuntimeError(f"cannot encode {prompts}")
+
+        def quote_later(*of_finish: Any, **named: Any) -> Any:
+            raise ValueError(f"cannot write {of_finish[1].order}")
+
+        answers = [ask("drawn"), ask("wrong", n=99), ask("refused", prompt=f"{secret} cannon"), ask_and_cancel()]
+        answers.append(ask("long", prompt=secret * 1000))
+        with monkeypatch.context() as patch:
+            patch.setattr("components.versions.encode_text", quote)
+            answers += [
+                ask("broken", prompt=f"another {secret}"),
+                ask("stream", prompt=f"one more {secret}", stream=True),
+            ]
+        with monkeypatch.context() as patch:
+            patch.setattr("flows.finish.Finisher.finish", quote_later)
+            answers += [ask("unwritten"), ask("unstreamed", stream=True)]
+        unknown = http.get("/v1/models", headers={"authorization": f"Bearer {key}x"})
+        wait_for(lambda: safe.desk.log.path.read_text().count("leak-") == len(answers))
+    assert [status for status, _ in answers] == [
+        200,
+        400,
+        400,
+        499,
+        400,
+        500,
+        500,
+        500,
+        200,
+    ] and unknown.status_code == 401
+    for name in ("broken", "stream", "unwritten", "unstreamed"):
+        assert f"request leak-{name} failed: builtins." in caplog.text
+    out, err = capfd.readouterr()
+    places = {"log": caplog.text, "out": out, "err": err, "answers": str(answers) + unknown.text}
+    files = [path for path in (workspace / "serving").rglob("*") if path.is_file()]
+    places |= {path.name: path.read_bytes().decode("latin-1") for path in files}
+    assert any(name.startswith("requests-") for name in places)
+    assert [name for name, text in places.items() if secret in text or key in text] == []
 
 
 def test_what_was_answered_is_captured_after_the_answer(tiny_base: Path, tmp_path: Path) -> None:

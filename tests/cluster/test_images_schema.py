@@ -83,12 +83,14 @@ def test_what_is_out_of_its_limits_is_named(fields: dict[str, Any], param: str, 
     assert (refused.value.status, refused.value.param) == (400, param) and said in refused.value.message
 
 
-def test_priority_is_held_to_what_the_key_allows() -> None:
+def test_priority_is_the_keys_own_unless_a_lower_one_is_asked() -> None:
     body = ImagesRequest(prompt="x")
-    assert make_order(body, LIMITS, INFO, most_priority=2).priority == 2
-    assert make_order(body, LIMITS, INFO, most_priority=8).priority == 5
+    assert make_order(body, LIMITS, INFO).priority == 5
+    assert [make_order(body, LIMITS, INFO, key_priority=own).priority for own in (0, 2, 8)] == [0, 2, 8]
+    lower = body.model_copy(update={"priority": 5})
+    assert make_order(lower, LIMITS, INFO, key_priority=8).priority == 5
     with pytest.raises(ApiError, match="0 to 2, found 3"):
-        make_order(body.model_copy(update={"priority": 3}), LIMITS, INFO, most_priority=2)
+        make_order(body.model_copy(update={"priority": 3}), LIMITS, INFO, key_priority=2)
 
 
 def test_priority_doubles_the_share_with_each_step() -> None:

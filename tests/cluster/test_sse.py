@@ -128,7 +128,7 @@ def test_long_wait_is_bridged_by_heartbeats_that_the_client_skips(monkeypatch: p
     assert sent[0] == sse.HEARTBEAT and sent[-1].startswith(b"event: image_generation.completed\n")
 
 
-def test_bug_in_the_source_is_told_and_not_hidden() -> None:
+def test_bug_in_the_source_is_told_and_not_hidden(caplog: pytest.LogCaptureFixture) -> None:
     sent: list[bytes] = []
     told: list[ApiError] = []
 
@@ -137,11 +137,12 @@ def test_bug_in_the_source_is_told_and_not_hidden() -> None:
         raise ZeroDivisionError("about a secret prompt")
 
     async def read() -> None:
-        async for part in stream(events(), on_error=told.append).body_iterator:
+        async for part in stream(events(), on_error=told.append, request_id="req-1").body_iterator:
             sent.append(part)  # type: ignore[arg-type]
 
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(read())
+    asyncio.run(read())
+    assert "request req-1 failed: builtins.ZeroDivisionError" in caplog.text and "in events" in caplog.text
+    assert "about a secret prompt" not in caplog.text.replace('raise ZeroDivisionError("about a secret prompt")', "")
     assert [(error.status, error.code) for error in told] == [(500, "internal_error")]
     assert len(sent) == 2 and b'"code":"internal_error"' in sent[1] and b"secret" not in sent[1]
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.draw_requests import Cancelled, Done, DrawRequest, Event, Failed, PartialPicture, Progress
 from components.errors import DeadlineError, InputError, NonFiniteError, QueueFullError
 from components.models import Parts, embedded_base, latent_factor, load_parts, make_tiny, size_multiple_px
 from components.sampler import PictureRequest, draw
+from components.start_pictures import make_start
 from tests.engine_desk import BLUE, RED, Desk, check_alike, difference, make, picture
 
 
@@ -49,6 +51,37 @@ def test_pictures_equal_those_drawn_alone_in_mixed_company(desk: Desk, parts: Pa
         check_alike(desk.inbox.pictures(f"r{number}"), parts, row)
     steps = desk.engine.counters
     assert steps.row_steps == sum(row.steps for row in MIXED) > steps.steps, "rows did share steps"
+
+
+def test_edits_among_others_equal_those_drawn_alone(desk: Desk, parts: Parts) -> None:
+    before = Image.radial_gradient("L").resize((16, 16)).convert("RGB")
+    hole = Image.new("L", (16, 16), 0)
+    hole.paste(255, (8, 0, 16, 16))
+    rows = {"redrawn": picture(RED, seed=11, steps=6), "repaired": picture(BLUE, seed=12, steps=5, guidance_scale=6.0)}
+    starts = {
+        "redrawn": make_start(parts, before, None, (16, 16), 0.6),
+        "repaired": make_start(parts, before, hole, (16, 16), 1.0),
+    }
+    for number, row in enumerate(MIXED):
+        desk.ask(f"r{number}", row)
+        if number == 1:
+            desk.ask("redrawn", rows["redrawn"], start=starts["redrawn"])
+            desk.engine.step()
+            desk.ask("repaired", rows["repaired"], start=starts["repaired"])
+    desk.engine.step()
+    assert desk.engine.status().live_rows >= len(MIXED), "edits and others are at work together"
+    desk.finish()
+    for name, row in rows.items():
+        alone = Desk(parts)
+        alone.ask("edit", row, start=starts[name])
+        alone.finish()
+        (found,), (expected,) = desk.inbox.pictures(name), alone.inbox.pictures("edit")
+        alone.engine.close()
+        # As in `check_alike`: other batch sizes move fp32 latents by about 1e-6.
+        assert difference(found, expected) <= 1, name
+        assert difference(found, draw(parts, [row])[0]) > 1, "the start picture had no effect"
+    for number, row in enumerate(MIXED):
+        check_alike(desk.inbox.pictures(f"r{number}"), parts, row)
 
 
 @pytest.mark.parametrize("num_rows", [2, 5])

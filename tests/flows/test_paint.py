@@ -103,7 +103,9 @@ def test_only_pictures_that_were_retouched_say_so(painter: EnginePainter, config
     assert finished.size == (32, 32) and finished.text["postprocess"] == "upscale_2x"  # type: ignore[attr-defined]
 
 
-def test_model_that_draws_nothing_finite_fails_its_warm_up(config: Config, tmp_path: Path) -> None:
+def test_model_that_draws_nothing_finite_fails_its_warm_up(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     parts = make_tiny("stable_diffusion", seed=0)
     parts.denoiser.conv_out.bias.data.fill_(float("nan"))
     save_parts(parts, tmp_path / "broken")
@@ -115,6 +117,8 @@ def test_model_that_draws_nothing_finite_fails_its_warm_up(config: Config, tmp_p
     with pytest.raises(ApiError, match="drawing failed: NonFiniteError") as failed:
         Desk(painter, config).draw()
     assert failed.value.status == 500 and failed.value.headers == {"x-should-retry": "false"}
+    assert "request request-1 failed: components.errors.NonFiniteError: expected finite" in caplog.text
+    assert "request request-1" in failed.value.message
     painter.close()
 
 
@@ -136,7 +140,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_each_says_what_drew_it(
     for run_id, model in zip(("fresco-aaa", "fresco-bbb"), models, strict=True):
         parts = load_parts(model["model"]["directory"])
         pictures[run_id] = draw(parts, [PictureRequest("x", 9, 8, 3.0, width_px=16, height_px=16)])[0].tobytes()
-    swapped, problems, seen = threading.Event(), [], []
+    swapped, problems, seen, held = threading.Event(), [], [], set()
 
     def client(number: int) -> None:
         desk = Desk(painter, config)
@@ -148,8 +152,13 @@ def test_twenty_swaps_under_load_fail_no_request_and_each_says_what_drew_it(
             if max(abs(a - b) for a, b in zip(found, pictures[run_id], strict=True)) > 1:
                 problems.append(run_id)
 
+    def look() -> None:
+        while not swapped.wait(0.001):
+            held.add(painter.swapping())
+
     clients = [threading.Thread(target=client, args=(number,)) for number in range(1, 5)]
-    for thread in clients:
+    looking = threading.Thread(target=look)
+    for thread in (*clients, looking):
         thread.start()
     for number in range(20):
         before = len(seen)
@@ -158,12 +167,13 @@ def test_twenty_swaps_under_load_fail_no_request_and_each_says_what_drew_it(
             assert all(thread.is_alive() for thread in clients)
             threading.Event().wait(0.005)
     swapped.set()
-    for thread in clients:
+    for thread in (*clients, looking):
         thread.join(60)
     assert problems == [] and set(seen) == {"fresco-aaa", "fresco-bbb"}
     assert painter.engine.counters.failed == painter.engine.counters.cancelled == 0
     assert list(painter.engine.status().versions) == [painter.lineup.champion.name] == list(painter.lineup._at_work)
     assert painter.numbers()["swaps"] == 20 and painter.numbers()["swap_failures"] == 0
+    assert painter.numbers()["swaps_drained"] == 0 and held == {""}, "new requests had to wait for a swap"
 
 
 def test_model_that_cannot_draw_is_not_swapped_in(config: Config, painter: EnginePainter, tmp_path: Path) -> None:

@@ -22,13 +22,9 @@ from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, Registry
 from components.evidence import Served
 from flows import arrivals, findings, prepare, promote, retrain, snapshot
-from flows.config import Config, with_overrides
+from flows.config import Config, load_config, with_overrides
 from flows.ledger import Ledger, State, asked_uri, lease_place, look_at, state_uri
 from tests.loop_world import arrive, crown, loop_config, write_config
-
-from flows.config import Config, load_config, with_overrides
-from flows.ledger import Ledger, asked_uri, lease_place, look_at, state_uri
-from tests.loop_world import arrive, loop_config, write_config
 
 WAIT_S = 240
 
@@ -182,6 +178,7 @@ def test_a_search_that_is_due_counts_in_the_budget(tmp_path: Path) -> None:
     assert planned(3, 1) == (6 + 5 * 6, 9.0), "an anchor trains, and its search tries, train.steps"
     assert planned(4, 1, **{"search.budget_steps": 7}) == (4 + 7 + 4, 3.75), "the best one is finished all the same"
     assert planned(4, 1, **{"retrain.search_every": 0}) == (4, 1.0)
+
 
 def test_receivers_are_told_how_it_was_decided_and_how_a_cycle_ended_and_nothing_else(tmp_path: Path) -> None:
     got: list[dict[str, Any]] = []

@@ -77,6 +77,22 @@ def test_other_machines_are_let_in_with_keys_only(config: Config, tmp_path: Path
         serve.run(keyed)
 
 
+def test_replicas_on_several_machines_need_a_disk_in_common(
+    config: Config, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRESCO_STAGE", str(tmp_path / "stage"))
+    far = {"placement.ray_address": "ray://head:10001", "placement.tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    on_s3 = with_overrides(config.model_copy(update={"workspace": f"{bucket}/team"}), {**far, "serve.max_replicas": 2})
+    with pytest.raises(
+        PlacementError, match=r"serve\.max_replicas expected 1 .* found 2: .* --set serve\.max_replicas=1"
+    ):
+        serve.run(on_s3)
+    fine = ({"serve.max_replicas": 1}, {"placement.ray_address": ""})
+    for change in (on_s3.model_copy(update={"workspace": config.workspace}), *(with_overrides(on_s3, c) for c in fine)):
+        with pytest.raises(RegistryError, match="found no champion"):
+            serve.run(change)
+
+
 def test_record_names_an_address_that_those_who_may_ask_can_reach(config: Config) -> None:
     def told(**changes: str) -> str:
         return serve.told_url(config.serve.model_copy(update=changes), "http://127.0.0.1:8000")
