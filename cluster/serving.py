@@ -139,13 +139,21 @@ def endpoint(
 def _deploy(source: ModelSource, settings: ServeSection, port: int, application: str, route: str) -> tuple[str, int]:
     """Return host and port where Serve listens: on a cluster where it ran before, those that it was started with."""
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.context import _get_global_client
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http = HTTPOptions(host=settings.host, port=port)
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=_quiet())
-    serve.run(make_application(source, settings), name=application, route_prefix=route or "/")
+    try:
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http, logging_config=_quiet())
+        serve.run(make_application(source, settings), name=application, route_prefix=route or "/")
+    except RayActorError as error:  # a proxy that is not up within seconds is ended by Serve's controller
+        reason = str(error).strip().splitlines()[-1]
+        raise EndpointError(
+            f"Ray Serve expected to start, found one of its processes ended ({reason}); a machine with too much to do"
+            " is a common cause: run the command again when it has less"
+        ) from error
     client = _get_global_client()
     assert client is not None  # else it raised
     return str(client.http_config.host), int(client.http_config.port)
