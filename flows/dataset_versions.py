@@ -28,6 +28,12 @@ def complete_versions(config: Config, workspace: Workspace) -> list[Path]:
     return [directory for directory in named if artifacts.read_json(directory / artifacts.RECORD) is not None]
 
 
+def first_seen(config: Config, workspace: Workspace) -> dict[str, str]:
+    """Return when each picture of any complete version was first seen, by sha256."""
+    manifests = [path / versions.MANIFEST for path in complete_versions(config, workspace)]
+    return versions.load_first_seen(path for path in manifests if stage.fetch(path))
+
+
 def pixel_store(config: Config, workspace: Workspace) -> ShardStore:
     """Return the store of all pictures at the config's resolution, with what is stored by now."""
     store = ShardStore(workspace.encoded / encode.pixels_name(config.data.resolution_px))

@@ -21,8 +21,8 @@ from components.sources import MISSING_FILE
 from flows.config import Config
 from flows.console import say
 from flows.dataset_versions import (
-    complete_versions,
     discard_pixels,
+    first_seen,
     named_version,
     now_text,
     pixel_store,
@@ -72,7 +72,7 @@ def _write(
 ) -> DatasetVersion:
     workspace = artifacts.open_workspace(config.workspace)
     data, now = config.data, now_text()
-    before = versions.load_first_seen(path / versions.MANIFEST for path in complete_versions(config, workspace))
+    before = first_seen(config, workspace)
     fractions = (data.validation_fraction, data.test_fraction)
     new = versions.make_manifest(added, fractions, data.source, before, now)
     manifest = versions.grow_manifest(pq.read_table(parent.directory / versions.MANIFEST), new)

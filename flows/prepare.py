@@ -31,6 +31,7 @@ from flows.console import say, step
 from flows.dataset_versions import (
     complete_versions,
     discard_pixels,
+    first_seen,
     named_version,
     now_text,
     pixel_store,
@@ -282,7 +283,7 @@ def _write_version(
         artifacts.write_record(directory, record)
         return versions.load_dataset(directory)
     now = now_text()
-    seen = versions.load_first_seen(path / versions.MANIFEST for path in complete_versions(config, workspace))
+    seen = first_seen(config, workspace)
     manifest = versions.make_manifest(accepted, fractions, data.source, seen, now)
     card = versions.make_card(dataset_id, data.source, manifest, rejected, now)
     return store_version(config, workspace, (manifest, card, source.seen), {"snapshots": [source.snapshot]})

@@ -6,6 +6,7 @@ A machine is a stage folder of its own; workers of the shared Ray session know n
 import io
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,23 @@ def weights_of(pipeline: Path) -> dict[str, Any]:
 def test_a_workspace_on_s3_without_a_tracking_server_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^placement\.tracking_uri expected .*mlflow server"):
         load_config(workspace="s3://bucket/prefix")
+
+
+def test_another_machine_makes_the_next_version_from_what_the_first_one_saw(
+    examined_here: None, ray_session: None, machines: Machines, tiny_base: Path
+) -> None:
+    def made(count: int) -> dict[str, str]:
+        source = f"data.source=emblems://base?count={count}&seed=3"
+        dataset = prepare.ensure_dataset(config_of(tiny_base, machines.uri, "http://127.0.0.1:9", source))
+        rows = pq.read_table(dataset.directory / "manifest.parquet", columns=["sha256", "first_seen"])
+        return dict(zip(rows["sha256"].to_pylist(), rows["first_seen"].to_pylist(), strict=True))
+
+    machines.be("one")
+    before = made(40)
+    time.sleep(1.1)  # times are told by the second
+    machines.be("two")
+    after = made(50)
+    assert before.items() <= after.items() and len(set(after.values())) == 2
 
 
 @pytest.mark.slow  # training, an endpoint, and a tracking server
