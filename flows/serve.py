@@ -44,7 +44,7 @@ def run(config: Config, detach: bool = False, stop: bool = False) -> dict[str, A
     if stop:
         return _stop(workspace, config.serve.drain_s + END_LIMIT_S)
     check_exposure(config.serve)
-    _check_replicas(config)
+    check_replicas(config, many_machines=bool(config.placement.ray_address))
     champion = champion_of(config, workspace)
     running = endpoint_of(workspace)
     if running is not None and running["model_version"] == champion.number:
@@ -109,13 +109,13 @@ def champion_of(config: Config, workspace: Workspace) -> Version:
     )
 
 
-def _check_replicas(config: Config) -> None:
+def check_replicas(config: Config, many_machines: bool) -> None:
     """Refuse replicas on several machines that have no disk in common: a client would find half of what it asks for."""
-    serve, cluster = config.serve, config.placement.ray_address
-    if cluster and serve.max_replicas > 1 and storage.is_s3(config.workspace):
+    most = config.serve.max_replicas
+    if many_machines and most > 1 and storage.is_s3(config.workspace):
         raise PlacementError(
-            "serve.max_replicas expected 1 with a workspace on S3 and placement.ray_address, found"
-            f" {serve.max_replicas}: pictures by url and cancellations lie on the machine of one replica; add"
+            "serve.max_replicas expected 1 with a workspace on S3 and a Ray cluster, found"
+            f" {most}: pictures by url and cancellations lie on the machine of one replica; add"
             " --set serve.max_replicas=1, or use a workspace on a disk that all machines share"
         )
 

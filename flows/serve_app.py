@@ -25,7 +25,7 @@ from flows.console import say
 from flows.follow import Follower
 from flows.models import resolve_model
 from flows.paint import FACTORY
-from flows.serve import champion_of, lock_of, remove_record
+from flows.serve import champion_of, check_replicas, lock_of, remove_record
 
 FOLLOW = "flows.serve_app:follow"
 SERVE_PORT = 8000
@@ -55,6 +55,7 @@ def app(arguments: AppArguments) -> Any:
     config = _config(arguments)
     # Where somebody else's Serve listens is not ours to see; on a cluster it is every address.
     check_exposure(config.serve.model_copy(update={"host": "0.0.0.0"}))
+    check_replicas(config, many_machines=True)
     workspace = open_workspace(config.workspace)
     champion_of(config, workspace)
     model = resolve_model(config, f"models:/{config.name}@{CHAMPION}")

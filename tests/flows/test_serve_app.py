@@ -69,6 +69,12 @@ def test_without_a_champion_the_command_that_makes_one_is_told(keyed: tuple[Conf
         app(AppArguments(config=str(written(keyed[0], tmp_path))))
 
 
+def test_replicas_on_machines_without_a_common_disk_are_refused(keyed: tuple[Config, str], tmp_path: Path) -> None:
+    config = with_overrides(keyed[0], {"workspace": "s3://bucket/w", "serve.max_replicas": 2})
+    with pytest.raises(PlacementError, match=r"serve\.max_replicas expected 1 with a workspace on S3 .* found 2"):
+        app(AppArguments(config=str(written(config, tmp_path))))
+
+
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="confg"):
         AppArguments.model_validate({"confg": "fresco.yaml"})
