@@ -2,8 +2,11 @@
 
 `fresco retrain --once` runs on a tiny world where emblems arrive. One workspace is left in peace; in the other the
 command is killed with everything it started, at moments drawn from a seed, and given again, until the kills are spent
-and the cycle at hand is over. Both must then agree: dataset versions, decisions, champion and its weights, aliases,
-every line of the journal; and no two processes ever held one token of the lease. Exit code 1 when something differs.
+and the cycle at hand is over. Half of the moments are drawn over the length of a whole cycle; half fall into the first
+second and a half of a stage that is drawn, or they would seldom meet the short ones. Now and then two commands are
+started at once: one works, the other has to leave. Both workspaces must then agree: dataset versions, decisions,
+champion and its weights, aliases, tags, the loop's memory, every line of the journal in its order (looks that wait
+aside); and no two processes ever held one token of the lease. Exit code 1 when something differs.
 
     python -m benchmarks.chaos [--kills 30] [--seed 0] [--s3]     --kills 3 to try it
 
@@ -15,11 +18,11 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +31,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chaos_checks import Holders, compare, facts, two_holders, watched_lease
+
 LIMIT_S = 900.0
-LOOK_S = 0.5
+SOON_S = 1.5
+POLL_S = 0.05
+TWO_AT_ONCE = 0.25
+"""Share of starts with a second command."""
 ARRIVALS = 20
 FIRST = 60
-UNLIKE = ("monitor", "champion_found")
-"""Events of which nothing is claimed; nor is of looks that wait."""
+STARTING = "start or look"
+
+Process = subprocess.Popen[bytes]
 
 
 @dataclass
@@ -47,8 +56,14 @@ class Run:
     stages: Path
     """Where commands have their stages."""
     cycles: int = 0
+    doubles: int = 0
+    """How often two commands were started at once."""
     seconds: list[float] = field(default_factory=list)
-    holders: dict[int, set[tuple[int, str]]] = field(default_factory=dict)
+    holders: Holders = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        return self.config.with_name("log")
 
 
 def main() -> None:
@@ -62,16 +77,21 @@ def main() -> None:
         os.environ["FRESCO_STAGE"] = str(root / "stage")  # before anything of `cluster` is imported
         bucket = servers.enter_context(a_bucket()) if options.s3 else ""
         calm, killed = (make_run(root, bucket, name, servers) for name in ("calm", "killed"))
-        print(f"workspaces in {bucket or root}; one cycle in peace, to know how long it takes", flush=True)
+        print(f"workspaces in {bucket or root}; two cycles in peace, to know how long they take", flush=True)
         cycle(calm)
-        kills = disturb(killed, options.kills, random.Random(options.seed), calm.seconds[0])
+        cycle(calm)
+        hit = disturb(killed, options.kills, random.Random(options.seed), max(calm.seconds))
         while calm.cycles < killed.cycles:
             cycle(calm)
-        problems = compare(facts(calm), facts(killed)) + two_holders(killed)
-        print("\n| kills | cycles | killed in | seconds a cycle in peace | differences |\n|---|---|---|---|---|")
-        where = ", ".join(f"{stage} {count}" for stage, count in Counter(kills).most_common())
-        rows = (len(kills), killed.cycles, where, f"{sum(calm.seconds) / len(calm.seconds):.0f}", len(problems))
-        print("| " + " | ".join(map(str, rows)) + " |")
+        while killed.cycles < calm.cycles:
+            cycle(killed)
+        found = [facts(run.workspace, run.tracking_uri) for run in (calm, killed)]
+        problems = compare(*found) + two_holders(killed.holders)
+        print("\n| kills | cycles | killed in | two at once | seconds a cycle in peace | differences |")
+        print("|---|---|---|---|---|---|")
+        where = ", ".join(f"{stage} {count}" for stage, count in Counter(hit).most_common())
+        mean_s = f"{sum(calm.seconds) / len(calm.seconds):.0f}"
+        print(f"| {len(hit)} | {killed.cycles} | {where} | {killed.doubles} | {mean_s} | {len(problems)} |")
     for problem in problems:
         print(f"DIFFERS: {problem}")
     sys.exit(1 if problems else 0)
@@ -123,12 +143,11 @@ def arrive_for(run: Run) -> None:
         arrive(run.source, "drifted" if run.cycles % 2 else "base", FIRST + ARRIVALS * run.cycles, ARRIVALS)
 
 
-def start(run: Run) -> "subprocess.Popen[bytes]":
+def start(run: Run) -> Process:
     command = [sys.executable, "-m", "flows", "retrain", "--once", "--json", "--config", str(run.config)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     environment["FRESCO_STAGE"] = tempfile.mkdtemp(dir=run.stages)
-    log = run.config.with_name("log").open("ab")
-    with log:
+    with run.log.open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
 
 
@@ -136,18 +155,23 @@ def cycle(run: Run) -> None:
     """One cycle without harm."""
     arrive_for(run)
     began = time.monotonic()
-    finish(run, start(run))
+    finish(run, [start(run)])
     run.seconds.append(time.monotonic() - began)
 
 
-def finish(run: Run, process: "subprocess.Popen[bytes]") -> None:
-    output, _ = process.communicate(timeout=LIMIT_S)
-    if process.returncode:
-        tail = run.config.with_name("log").read_text(errors="replace")[-3000:]
-        raise SystemExit(f"fresco retrain expected to end well, found code {process.returncode}:\n{tail}")
+def finish(run: Run, processes: list[Process]) -> None:
+    """Wait until the cycle is over: one command brought it to its end, any other waited."""
+    outputs = [process.communicate(timeout=LIMIT_S)[0].decode() for process in processes]
+    if any(process.returncode for process in processes):
+        codes = [process.returncode for process in processes]
+        tail = run.log.read_text(errors="replace")[-3000:]
+        raise SystemExit(f"fresco retrain expected to end well, found codes {codes}:\n{tail}")
     ended = [line for line in journal(run) if line["event"] == "cycle"]  # perhaps just before a kill
     if len(ended) != run.cycles + 1:
-        raise SystemExit(f"cycle {run.cycles + 1} expected to end, found: {output.decode()}")
+        raise SystemExit(f"cycle {run.cycles + 1} expected to end, found: {outputs}")
+    worked = [output for output in outputs if json.loads(output)["decision"] != "wait"]
+    if len(worked) > 1:
+        raise SystemExit(f"one of two commands expected to work, found: {outputs}")
     run.cycles += 1
     print(f"{run.config.parent.name}: {ended[-1]['cycle']} {ended[-1]['decision']}", flush=True)
 
@@ -155,112 +179,66 @@ def finish(run: Run, process: "subprocess.Popen[bytes]") -> None:
 def disturb(run: Run, kills: int, dice: random.Random, span_s: float) -> list[str]:
     """Kill and start again until the kills are spent and the cycle at hand is over; return the stages that were hit."""
     hit: list[str] = []
-    with watched_lease(run):
+    with watched_lease(run.workspace, run.holders):
         while len(hit) < kills:
             arrive_for(run)
             while len(hit) < kills:
-                process = start(run)
-                try:
-                    process.wait(dice.uniform(0, span_s))
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+                told = run.log.stat().st_size if run.log.exists() else 0
+                processes = [start(run) for _ in range(1 + (dice.random() < TWO_AT_ONCE))]
+                run.doubles += len(processes) > 1
+                if not wait_for_moment(run, processes, told, dice, span_s):
+                    finish(run, processes)
+                    break
+                for process in processes:
+                    if process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+                for process in processes:
                     process.communicate()
-                    hit.append(stage_of(run))
-                    print(f"kill {len(hit)} of {kills}: {hit[-1]}", flush=True)
-                    continue
-                finish(run, process)
-                break
+                hit.append(stage_of(run, told))
+                print(f"kill {len(hit)} of {kills}: {hit[-1]}", flush=True)
             else:
-                finish(run, start(run))
+                finish(run, [start(run)])
     return hit
 
 
-def stage_of(run: Run) -> str:
-    """Where the loop was when it was killed."""
-    lines = [line for line in journal(run) if line["event"] in ("trigger", "stage", "cycle")]
-    if not lines or lines[-1]["event"] == "cycle":
-        return "between cycles"
-    return f"{lines[-1].get('stage', 'begin')}" + (" (done)" if lines[-1].get("state") == "done" else "")
+def wait_for_moment(run: Run, processes: list[Process], told: int, dice: random.Random, span_s: float) -> bool:
+    """Wait until a moment of the dice; False when every command ended before it."""
+    from flows.stages import STAGES
+
+    aim = dice.choice(["", STARTING, *STAGES]) if dice.random() < 0.5 else ""
+    delay_s = dice.uniform(0, SOON_S if aim else span_s)
+    now = [line for line in journal(run) if line["event"] == "stage" and line["cycle"] == this_cycle(run)]
+    if aim in {line["stage"] for line in now if line["state"] == "done"}:
+        aim = STARTING  # what is done does not come again
+    moment = time.monotonic() + delay_s if aim in ("", STARTING) else float("inf")
+    while time.monotonic() < moment:
+        if all(process.poll() is not None for process in processes):
+            return False
+        if moment == float("inf") and stage_of(run, told) == aim:
+            moment = time.monotonic() + delay_s
+        time.sleep(POLL_S)
+    return any(process.poll() is None for process in processes)
 
 
-class watched_lease:  # noqa: N801, reads as a statement
-    """Note every holder of the loop's lease that shows while the block runs."""
+def stage_of(run: Run, told: int) -> str:
+    """Where the command was, whose words begin at byte `told` of the log."""
+    from flows.stages import STAGES
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.ended = run, threading.Event()
-        self.thread = threading.Thread(target=self.look, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-
-    def look(self) -> None:
-        from cluster import storage
-        from cluster.errors import StorageError
-
-        place = storage.join(self.run.workspace, "retrain", "lease.epochs")
-        while not self.ended.wait(LOOK_S):
-            try:
-                for entry in storage.iter_files(place):
-                    lease = json.loads(storage.read_bytes(entry.uri))
-                    self.run.holders.setdefault(lease["token"], set()).add((lease["pid"], lease["nonce"]))
-            except (FileNotFoundError, ValueError, StorageError):
-                continue  # taken away or away at the moment: looked at again
+    with run.log.open("rb") as log:
+        log.seek(told)
+        words = re.findall(r"\] cycle-\d+: (\w+)$", log.read().decode(errors="replace"), re.MULTILINE)
+    stages = [word for word in words if word in STAGES]
+    return stages[-1] if stages else STARTING
 
 
-def two_holders(run: Run) -> list[str]:
-    if not run.holders:
-        return ["nobody was ever seen to hold the lease"]
-    several = {token: holders for token, holders in run.holders.items() if len(holders) > 1}
-    return [f"token {token} of the lease was held by {sorted(holders)}" for token, holders in several.items()]
+def this_cycle(run: Run) -> str:
+    return f"cycle-{run.cycles + 1:04d}"
 
 
 def journal(run: Run) -> list[dict[str, Any]]:
     from cluster.artifacts import open_workspace, read_journal
 
     return read_journal(open_workspace(run.workspace))
-
-
-def facts(run: Run) -> dict[str, Any]:
-    """What must be the same wherever the loop was killed."""
-    from cluster import stage
-    from cluster.artifacts import finished, open_workspace
-    from cluster.registry import CHALLENGER, CHAMPION, PREVIOUS, TAG_MODEL_FINGERPRINT, Registry
-    from components.models import model_fingerprint
-
-    workspace = open_workspace(run.workspace)
-    registry = Registry(workspace, run.tracking_uri)
-    aliases = {alias: registry.by_alias("loop", alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
-    versions = {version.number: version.tags[TAG_MODEL_FINGERPRINT] for version in registry.versions("loop")}
-    weights = {alias: model_fingerprint(registry.directory_of(one)) for alias, one in aliases.items() if one}
-    lines = [line for line in journal(run) if line["event"] not in UNLIKE and line.get("decision") != "wait"]
-    keys = ("event", "cycle", "stage", "state", "decision", "dataset", "run_id", "version", "champion", "previous")
-    told = Counter(json.dumps({key: line[key] for key in keys if key in line}, sort_keys=True) for line in lines)
-    return {
-        "dataset versions": sorted(path.name for path in finished(workspace.data)),
-        "finished runs": sorted(path.name for path in finished(workspace.runs)),
-        "aliases": {alias: one.number if one else None for alias, one in aliases.items()},
-        "registered weights": versions,
-        "weights of the aliases": weights,
-        "unfinished moves": sorted(path.name for path in stage.files(workspace.root / "locks", ".intent.json")),
-        "journal": dict(sorted(told.items())),
-    }
-
-
-def compare(calm: dict[str, Any], killed: dict[str, Any]) -> list[str]:
-    found = []
-    for name, expected in calm.items():
-        if name == "journal":
-            for line in sorted(expected.keys() | killed[name].keys()):
-                if expected.get(line, 0) != killed[name].get(line, 0):
-                    counts = f"{expected.get(line, 0)} in peace, {killed[name].get(line, 0)} killed"
-                    found.append(f"journal line {line}: {counts}")
-        elif expected != killed[name]:
-            found.append(f"{name}: {expected} in peace, {killed[name]} killed")
-    return found
 
 
 if __name__ == "__main__":
