@@ -48,6 +48,11 @@ class Lease:
     beats: int
     ttl_s: float
     released: bool = False
+    pid_ticks: int | None = None
+    """When `pid` started, in clock ticks since boot: no change of the clock moves it. None where the system has no
+    /proc, and in what older versions wrote; `pid_started` counts then."""
+    uptime_s: float | None = None
+    """When the heartbeat was, by this boot's monotonic clock; None in what older versions wrote."""
 
 
 class Watch:
@@ -120,18 +125,35 @@ def is_alive(lease: Lease) -> bool:
 
     Nothing is taken over on this word; `hold_lease` watches the heartbeat instead.
     """
-    if time.time() - lease.heartbeat > lease.ttl_s:
-        return False
-    return lease.machine != this_machine() or process_is(lease.pid, lease.pid_started)
+    if lease.machine != this_machine():
+        return time.time() - lease.heartbeat <= lease.ttl_s
+    age_s = time.time() - lease.heartbeat if lease.uptime_s is None else time.monotonic() - lease.uptime_s
+    return age_s <= lease.ttl_s and process_is(lease)
 
 
-def process_is(pid: int, started: float) -> bool:
-    """Tell whether process `pid` runs and is the one that started at `started`: a number is given out again."""
+def process_is(holder: Lease) -> bool:
+    """Tell whether the process of a holder on this machine runs still: its number may be another's by now."""
+    if holder.pid_ticks is not None:
+        return _start_ticks(holder.pid) == holder.pid_ticks
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < CLOCK_SLACK_S and process.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(holder.pid)
+        same = abs(process.create_time() - holder.pid_started) < CLOCK_SLACK_S
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None where it does not run, and without /proc.
+
+    psutil's `create_time` adds the boot's time by the clock to it, and so moves with every step of the clock.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(b")")[2].split()  # from the third on: the second, the name, may hold anything
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def describe(lease: Lease) -> str:
@@ -158,7 +180,8 @@ class _Held:
 
     def confirm(self) -> Lease:
         with self._lock:
-            renewed = replace(self._lease, heartbeat=time.time(), beats=self._lease.beats + 1)
+            beats, uptime_s = self._lease.beats + 1, time.monotonic()
+            renewed = replace(self._lease, heartbeat=time.time(), uptime_s=uptime_s, beats=beats)
             # Written before the look: a network file system then shows us its folder as it is, not from memory.
             _write(self._uri, renewed)
             self._lease = renewed
@@ -210,7 +233,7 @@ def _acquire(uri: str, owner: str, ttl_s: float, wait_s: float, notify: Callable
 def _is_over(holder: Lease, watch: Watch) -> bool:
     if holder.released:
         return True
-    if holder.machine == this_machine() and not process_is(holder.pid, holder.pid_started):
+    if holder.machine == this_machine() and not process_is(holder):
         return True
     return watch.stands_still_for(holder)
 
@@ -220,7 +243,10 @@ def _claim(uri: str, owner: str, ttl_s: float, token: int) -> Lease | None:
     now, pid = time.time(), os.getpid()
     started = psutil.Process(pid).create_time()
     nonce = uuid.uuid4().hex
-    lease = Lease(owner, socket.gethostname(), this_machine(), pid, started, nonce, token, now, now, 0, ttl_s)
+    host, ticks, uptime_s = socket.gethostname(), _start_ticks(pid), time.monotonic()
+    lease = Lease(
+        owner, host, this_machine(), pid, started, nonce, token, now, now, 0, ttl_s, pid_ticks=ticks, uptime_s=uptime_s
+    )
     if not storage.put_if_absent(_epoch(uri, token), _content(lease)):
         return None
     older = [other for other in _tokens(uri) if other != token]

@@ -242,7 +242,7 @@ def _stop(workspace: Workspace, limit_s: float) -> dict[str, Any]:
     os.kill(holder.pid, signal.SIGTERM)
     say(f"ending process {holder.pid} (at most {limit_s:.0f} s)")
     start = time.monotonic()
-    while process_is(holder.pid, holder.pid_started):
+    while process_is(holder):
         if time.monotonic() - start > limit_s:
             raise EndpointError(
                 f"endpoint expected to end within {limit_s:.0f} s, found process {holder.pid} still there; end it"

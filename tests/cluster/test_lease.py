@@ -3,16 +3,18 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import lease as leases
@@ -302,12 +304,55 @@ def test_of_many_contenders_one_at_a_time_has_its_effects(chaos: bool, place: st
 def test_process_number_given_out_again_does_not_count_as_the_old_process(tmp_path: Path) -> None:
     with hold_lease(tmp_path / "lock", "x") as confirm:
         lease = confirm()
-    assert process_is(lease.pid, lease.pid_started)
-    assert not process_is(lease.pid, lease.pid_started - 1000)
-    assert not is_alive(replace(lease, pid_started=lease.pid_started - 1000))
-    assert is_alive(replace(lease, pid_started=lease.pid_started - 1000, machine="other/1")), (
-        "a number of another world"
-    )
+    assert lease.pid_ticks is not None and process_is(lease)
+    later = replace(lease, pid_ticks=lease.pid_ticks + 1)
+    assert not process_is(later) and not is_alive(later)
+    assert is_alive(replace(later, machine="other/1")), "a number of another world"
+    older = replace(lease, pid_ticks=None, uptime_s=None)
+    assert is_alive(older), "as versions before this one wrote it"
+    assert not is_alive(replace(older, pid_started=lease.pid_started - 1000))
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+def test_step_of_the_clock_leaves_every_holder_of_this_machine_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    """A step moves what the clock shows and, with it, the boot's time by the clock; both are stood for here."""
+    clock, booted = time.time, psutil._pslinux.boot_time
+    place = tmp_path / "lock"
+    with contender("hold", place, 3600) as other:
+        assert answer(other) == "holds 1"
+        monkeypatch.setattr(time, "time", lambda: clock() + step_s)
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted() + step_s)
+        holder = read_lease(place)
+        assert holder is not None and holder.pid == other.pid
+        heir = hold_lease(place, "heir", wait_s=0.3)
+        with pytest.raises(StorageError, match="expected to be free, found held by"), heir:
+            pass
+
+
+def test_name_of_a_process_may_look_like_its_numbers(tmp_path: Path) -> None:
+    """The kernel writes it between parentheses, as it is, before the numbers."""
+    program = tmp_path / "a) Z 1 (2) 3 4"
+    shutil.copy(str(shutil.which("sleep")), program)
+    with hold_lease(tmp_path / "lock", "x") as confirm:
+        lease = confirm()
+    process = subprocess.Popen([str(program), "3600"])
+    try:
+        ticks = leases._start_ticks(process.pid)
+        assert ticks is not None and lease.pid_ticks is not None and ticks >= lease.pid_ticks
+        process.kill()
+        assert wait_until(lambda: leases._start_ticks(process.pid) is None), "ended, and not yet waited for"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition() and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    return condition()
 
 
 def test_an_epoch_that_cannot_be_read_is_named(place: str) -> None:

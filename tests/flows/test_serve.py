@@ -201,7 +201,7 @@ def test_detached_server_serves_says_so_and_ends(config: Config, make_run, tmp_p
     lease = read_lease(lock)
     assert lease is not None and lease.pid == answer["pid"]
     assert serve.run(config, stop=True) == {**answer, "stopped": True}
-    assert not process_is(lease.pid, lease.pid_started)
+    assert not process_is(lease)
     assert readiness(answer["url"]) is None
     assert not (open_workspace(config.workspace).root / "endpoint.json").exists()
 
