@@ -17,14 +17,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import psutil
 
 from cluster import storage
 from cluster.errors import LeaseLostError, StorageError
+from cluster.processes import start_ticks, this_machine
 from cluster.stage_names import shared
+from cluster.storage_clock import age_s
 
 POLL_S = 0.1
 CLOCK_SLACK_S = 2.0
@@ -116,25 +117,36 @@ def hold_lease(
 
 def read_lease(place: str | Path) -> Lease | None:
     """Return the holder of the lease at `place`, None when it is free or its holder is known or likely to be dead."""
-    lease = _newest(f"{shared(place)}.epochs")
-    return lease if lease is not None and not lease.released and is_alive(lease) else None
+    uri = f"{shared(place)}.epochs"
+    while True:
+        lease = _newest(uri)
+        if lease is None or lease.released:
+            return None
+        try:
+            return lease if is_alive(lease, uri) else None
+        except FileNotFoundError:
+            continue  # replaced since the look, and cleared away
 
 
-def is_alive(lease: Lease) -> bool:
-    """Tell at once whether a holder seems alive, for people: of another machine by its clock, which may be wrong.
+def is_alive(lease: Lease, uri: str) -> bool:
+    """Tell at once whether a holder seems alive, without watching its heartbeat as `hold_lease` does.
 
-    Nothing is taken over on this word; `hold_lease` watches the heartbeat instead.
+    No clock that may be wrong decides: on this machine the boot's own, on S3 the storage's. Of another machine's lease
+    on a shared disk the two machines' clocks are compared. FileNotFoundError when the lease was replaced meanwhile.
     """
     if lease.machine != this_machine():
-        return time.time() - lease.heartbeat <= lease.ttl_s
-    age_s = time.time() - lease.heartbeat if lease.uptime_s is None else time.monotonic() - lease.uptime_s
-    return age_s <= lease.ttl_s and process_is(lease)
+        age = age_s(_epoch(uri, lease.token))
+    else:
+        age = None if lease.uptime_s is None else time.monotonic() - lease.uptime_s
+    if age is None:
+        age = time.time() - lease.heartbeat
+    return age <= lease.ttl_s and (lease.machine != this_machine() or process_is(lease))
 
 
 def process_is(holder: Lease) -> bool:
     """Tell whether the process of a holder on this machine runs still: its number may be another's by now."""
     if holder.pid_ticks is not None:
-        return _start_ticks(holder.pid) == holder.pid_ticks
+        return start_ticks(holder.pid) == holder.pid_ticks
     try:
         process = psutil.Process(holder.pid)
         same = abs(process.create_time() - holder.pid_started) < CLOCK_SLACK_S
@@ -143,32 +155,9 @@ def process_is(holder: Lease) -> bool:
         return False
 
 
-def _start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None where it does not run, and without /proc.
-
-    psutil's `create_time` adds the boot's time by the clock to it, and so moves with every step of the clock.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat.rpartition(b")")[2].split()  # from the third on: the second, the name, may hold anything
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
 def describe(lease: Lease) -> str:
     """Say who holds a lease, for people."""
     return f"{lease.owner} (process {lease.pid} on {lease.host}, since {time.time() - lease.since:.0f} s)"
-
-
-@lru_cache(maxsize=1)
-def this_machine() -> str:
-    """Name this boot of this host and its process namespace: two containers of one host number processes apart."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return f"{socket.gethostname()}/{uuid.getnode():x}"
 
 
 class _Held:
@@ -243,7 +232,7 @@ def _claim(uri: str, owner: str, ttl_s: float, token: int) -> Lease | None:
     now, pid = time.time(), os.getpid()
     started = psutil.Process(pid).create_time()
     nonce = uuid.uuid4().hex
-    host, ticks, uptime_s = socket.gethostname(), _start_ticks(pid), time.monotonic()
+    host, ticks, uptime_s = socket.gethostname(), start_ticks(pid), time.monotonic()
     lease = Lease(
         owner, host, this_machine(), pid, started, nonce, token, now, now, 0, ttl_s, pid_ticks=ticks, uptime_s=uptime_s
     )

@@ -22,6 +22,7 @@ from cluster import storage
 from cluster.errors import LeaseLostError, StorageError
 from cluster.fencing import peek_fenced, read_fenced, write_fenced
 from cluster.lease import Lease, hold_lease, is_alive, process_is, read_lease
+from cluster.processes import start_ticks
 from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, Network, Rule
 
 ROOT = Path(__file__).parents[2]
@@ -304,13 +305,14 @@ def test_of_many_contenders_one_at_a_time_has_its_effects(chaos: bool, place: st
 def test_process_number_given_out_again_does_not_count_as_the_old_process(tmp_path: Path) -> None:
     with hold_lease(tmp_path / "lock", "x") as confirm:
         lease = confirm()
+    uri = str(tmp_path / "lock.epochs")
     assert lease.pid_ticks is not None and process_is(lease)
     later = replace(lease, pid_ticks=lease.pid_ticks + 1)
-    assert not process_is(later) and not is_alive(later)
-    assert is_alive(replace(later, machine="other/1")), "a number of another world"
+    assert not process_is(later) and not is_alive(later, uri)
+    assert is_alive(replace(later, machine="other/1"), uri), "a number of another world"
     older = replace(lease, pid_ticks=None, uptime_s=None)
-    assert is_alive(older), "as versions before this one wrote it"
-    assert not is_alive(replace(older, pid_started=lease.pid_started - 1000))
+    assert is_alive(older, uri), "as versions before this one wrote it"
+    assert not is_alive(replace(older, pid_started=lease.pid_started - 1000), uri)
 
 
 @pytest.mark.parametrize("step_s", [3600.0, -3600.0])
@@ -331,6 +333,15 @@ def test_step_of_the_clock_leaves_every_holder_of_this_machine_alive(
             pass
 
 
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_clock_of_another_machine_decides_nothing_on_s3(bucket: str, ahead_s: float) -> None:
+    place = f"{bucket}/locks/retrain"
+    far = far_away(place, heartbeat=time.time() + ahead_s, ttl_s=30.0)
+    assert read_lease(place) == far, "its heartbeat is a moment old, by the storage's clock"
+    write_epoch(place, replace(far, ttl_s=0.5))
+    assert wait_until(lambda: read_lease(place) is None), "it stood still for longer than its time-to-live"
+
+
 def test_name_of_a_process_may_look_like_its_numbers(tmp_path: Path) -> None:
     """The kernel writes it between parentheses, as it is, before the numbers."""
     program = tmp_path / "a) Z 1 (2) 3 4"
@@ -339,10 +350,10 @@ def test_name_of_a_process_may_look_like_its_numbers(tmp_path: Path) -> None:
         lease = confirm()
     process = subprocess.Popen([str(program), "3600"])
     try:
-        ticks = leases._start_ticks(process.pid)
+        ticks = start_ticks(process.pid)
         assert ticks is not None and lease.pid_ticks is not None and ticks >= lease.pid_ticks
         process.kill()
-        assert wait_until(lambda: leases._start_ticks(process.pid) is None), "ended, and not yet waited for"
+        assert wait_until(lambda: start_ticks(process.pid) is None), "ended, and not yet waited for"
     finally:
         process.kill()
         process.wait()
