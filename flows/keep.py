@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster import stage
 from cluster.artifacts import Workspace, read_record, write_bytes_atomic
-from cluster.errors import RegistryError, StorageError, WorkerError
+from cluster.errors import RegistryError, StorageError, TrackingError, WorkerError
 from cluster.registry import (
     TAG_BASE,
     TAG_COMMIT,
@@ -79,9 +79,10 @@ def write_card(
 
 def pin_reference(config: Config, number: int) -> None:
     """Pin what the monitor compares arrivals with; where that cannot be now, it is told, and the monitor does so."""
+    away = (StorageError, TrackingError, OSError)
     try:
         reference.pin(config, number)
-    except (InputError, DataError, NonFiniteError, RegistryError, StorageError, WorkerError, OSError) as error:
+    except (InputError, DataError, NonFiniteError, RegistryError, WorkerError, *away) as error:
         say(f"the reference of version {number} is not pinned yet, the monitor will try again: {error}")
 
 
