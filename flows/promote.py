@@ -67,7 +67,7 @@ def run(
     """Make `model` the champion if the gate lets it through, or with `force` anyway.
 
     With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
-    `confirm` is called just before the alias moves, and under its lock: what it raises leaves the champion as it is.
+    `confirm` is called before the decision is acted on, and under the alias's lock; where it raises, nothing changes.
     """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
@@ -115,8 +115,8 @@ def _contest(
         wanted = judged.passed or (force and not served.problem)
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
         try:
+            confirm()
             if wanted:
-                confirm()
                 number, old = judged.version.number, judged.champion
                 move = move_champion(registry, config.name, number, line, old, notify=say, proof=confirm)
                 return _promoted(config, workspace, registry, judged, move, line)

@@ -255,6 +255,22 @@ def test_promotion_whose_asker_was_replaced_while_it_waited_for_the_lock_moves_n
     assert registry_of(config).by_alias("fresco", CHAMPION) is None
 
 
+def test_late_loop_refuses_nothing_any_more(config, make_model) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    challenge.run(config, "fresco-b")
+    journal = read_journal(open_workspace(config.workspace))
+
+    def confirm() -> None:
+        raise LeaseLostError("an heir works here")
+
+    with pytest.raises(LeaseLostError, match="an heir"):
+        promote.run(config, "fresco-b", confirm=confirm)
+    assert challenger_of(config) == 2 and read_journal(open_workspace(config.workspace)) == journal
+    assert TAG_DECISION not in registry_of(config).by_number("fresco", 2).tags
+
+
 def test_promoting_the_champion_again_changes_nothing_but_a_missing_card(config, make_model) -> None:
     card = make_model("fresco-a", MIDDLE) / "pipeline" / "README.md"
     promote.run(config, "fresco-a")
