@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.artifacts import open_workspace, read_journal
-from cluster.errors import LeaseLostError
+from cluster.errors import LeaseLostError, StorageError
 from cluster.fencing import write_fenced
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, Registry
@@ -249,6 +249,46 @@ def test_a_tracking_server_that_is_away_for_a_look_is_waited_for(
     assert retrain.run(served)["trigger"]["reasons"] == ["no trigger: 0 new pictures, 10 are enough"]
     assert len(slept) == 2
     assert "found: nothing answers there; check" in (told := capsys.readouterr().err) and "the loop goes on in" in told
+
+
+@pytest.mark.parametrize("where", ["before the cycle", "in the cycle", "at its end"])
+def test_force_waits_for_storage_that_is_away_and_becomes_one_cycle(
+    served: Config, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    did: list[str] = []
+
+    def away(now: str) -> None:
+        if now == where and f"away {now}" not in did:
+            did.append(f"away {now}")
+            raise StorageError("nothing answers")
+
+    def look(*given: Any, **named: Any) -> Any:
+        away("before the cycle")
+        return looked(*given, **named)
+
+    def finish(config: Config, book: Ledger) -> dict[str, Any]:
+        assert book.state.cycle is not None
+        away("in the cycle")
+        line = {"cycle": book.state.cycle.id, "decision": "refused", "reasons": ["x"], "trigger": {}, "stages": []}
+        did.append(book.state.cycle.id)
+        book.state.cycle = None
+        book.save()
+        away("at its end")
+        return line
+
+    def sleep(*_: Any) -> None:
+        did.append("slept")
+        assert len(did) < 9
+        if did.count("slept") == 2:
+            raise KeyboardInterrupt
+
+    looked = findings.look
+    monkeypatch.setattr(findings, "look", look)
+    monkeypatch.setattr(retrain.cycle, "run", finish)
+    monkeypatch.setattr(retrain, "_sleep", sleep)
+    retrain.run(served, force=True)
+    ended = ["cycle-0001", f"away {where}", "slept", "slept"]
+    assert did == (ended if where == "at its end" else [f"away {where}", "slept", "cycle-0001", "slept"])
 
 
 @pytest.fixture
