@@ -120,10 +120,12 @@ def set_challenger(
 def trying(registry: Registry, name: str, number: int, share: float) -> Iterator[None]:
     """Let a version answer a share of the requests for the block, as challenger; afterwards it is one no more.
 
-    ChallengerBusyError, and nothing touched, where another version is the challenger.
+    ChallengerBusyError, and nothing touched, where another version is the challenger. LeaseLostError where another
+    process tries versions by now, because this one did not answer for long: what that one tries stays as it is.
     """
-    with hold_trial(registry, name, number):
+    with hold_trial(registry, name, number) as proof:
         with _aliases(registry, name, "canary", None):
+            proof()
             end_trial(registry, name)  # the lease is ours, so whoever wrote it is gone
             _check_challenger(registry, name, number)
             other = registry.by_alias(name, CHALLENGER)
@@ -136,6 +138,7 @@ def trying(registry: Registry, name: str, number: int, share: float) -> Iterator
             yield
         finally:
             with _aliases(registry, name, "canary", None):
+                proof()
                 end_trial(registry, name)
                 append_journal(registry.workspace, CHALLENGE, name=name, version=None, reasons=["the canary ended"])
 

@@ -39,7 +39,7 @@ def reason_of(error: Exception) -> str:
 
 
 class TrackingError(RuntimeError):
-    """The MLflow tracking server cannot be reached."""
+    """The MLflow tracking server, or the model registry there, could not be asked."""
 
     exit_code = 1
 

@@ -17,12 +17,13 @@ from urllib.parse import quote, unquote
 
 from cluster import stage
 from cluster.artifacts import Workspace
-from cluster.errors import RegistryError, reason_of
+from cluster.errors import RegistryError, TrackingError, reason_of
 from cluster.lease import hold_lease
 from cluster.whole_folders import fetch_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
@@ -49,6 +50,9 @@ SOURCE_SCHEME = "fresco://"
 ATTEMPTS = 3
 RETRY_AFTER_S = 0.5
 NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+BUSY = "TEMPORARILY_UNAVAILABLE"
+NOT_ASKED = (BUSY, "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED")
+NO_ANSWER = "INTERNAL_ERROR"
 
 T = TypeVar("T")
 
@@ -70,7 +74,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Registry:
-    """A handle on one registry; it opens the store on first use and holds no global MLflow state."""
+    """A handle on one registry; it opens the store on first use and holds no global MLflow state.
+
+    Every method raises TrackingError where the store could not be asked: what was wanted may be had in a moment.
+    """
 
     workspace: Workspace
     tracking_uri: str = ""
@@ -215,7 +222,10 @@ class Registry:
         return self._call(none_if_absent)
 
     def _call(self, action: Callable[[], T]) -> T:
-        """Run one client call; a busy store is tried again a few times, everything else becomes a RegistryError."""
+        """Run one client call; a busy store is tried again a few times.
+
+        TrackingError where the store could not be asked, RegistryError where it refused.
+        """
         from mlflow.exceptions import MlflowException
 
         for attempt in range(1, ATTEMPTS + 1):
@@ -224,15 +234,25 @@ class Registry:
                     warnings.simplefilter("ignore", DeprecationWarning)  # the store's own queries, not ours
                     return action()
             except MlflowException as error:
-                if error.error_code == "TEMPORARILY_UNAVAILABLE" and attempt < ATTEMPTS:
+                if error.error_code == BUSY and attempt < ATTEMPTS:
                     logging.getLogger(__name__).warning("registry %s is busy (attempt %d)", self.uri, attempt)
                     time.sleep(RETRY_AFTER_S * attempt)
                     continue
-                raise RegistryError(
+                raise (TrackingError if self._not_asked(error) else RegistryError)(
                     f"model registry expected to answer at {self.uri}, found: {reason_of(error)}; check"
                     " placement.tracking_uri and the free space of the workspace"
                 ) from error
         raise AssertionError("unreachable")
+
+    def _not_asked(self, error: "MlflowException") -> bool:
+        """Whether a failed call says nothing about what was asked, only that nobody could answer."""
+        from mlflow.exceptions import RestException
+
+        if error.error_code == NO_ANSWER:
+            # What MLflow's client makes of a broken connection, a timeout and, after its own tries, any 5xx or 429; an
+            # answer in MLflow's own form is another matter, and so is an internal error of the embedded store.
+            return self.uri.startswith("http") and not isinstance(error, RestException)
+        return error.error_code in NOT_ASKED
 
 
 def _version(entry: Any) -> Version:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import stage
-from cluster.artifacts import Workspace, read_record, write_bytes_atomic
-from cluster.errors import RegistryError, StorageError, WorkerError
+from cluster.artifacts import Workspace, append_journal, read_record, write_bytes_atomic
+from cluster.champion import RETIRE, retire
+from cluster.errors import RegistryError, StorageError, TrackingError, WorkerError
 from cluster.registry import (
     TAG_BASE,
     TAG_COMMIT,
@@ -21,6 +22,7 @@ from cluster.registry import (
     TAG_MODEL_FINGERPRINT,
     TAG_PARENT,
     TAG_PATH,
+    TAG_RETIRED,
     TAG_RUN,
     TAG_SCORECARD,
     Registry,
@@ -45,11 +47,32 @@ LINEAGE = {
 WEIGHTS = ("pipeline", "checkpoints")
 
 
+def keep_with_champion(
+    config: Config, registry: Registry, version: Version, evaluated: dict[str, Any], line: dict[str, Any]
+) -> None:
+    """Leave everything that belongs to a new champion; done again after a crash it comes to the same.
+
+    The evidence is last: where `has_evidence`, nothing is missing.
+    """
+    write_card(config, registry, version, evaluated, line["reasons"])
+    pin_reference(config, version.number)
+    retire_older(config, registry)
+    write_evidence(registry, version, line)
+
+
 def write_evidence(registry: Registry, version: Version, line: dict[str, Any]) -> None:
     """Tag a version with what was decided about it and with its scorecard."""
+    registry.tag(version, _evidence(line))
+
+
+def has_evidence(version: Version, line: dict[str, Any]) -> bool:
+    """Whether a version has the tags of this decision, and not of an earlier one or none."""
+    return all(version.tags.get(tag) == text for tag, text in _evidence(line).items())
+
+
+def _evidence(line: dict[str, Any]) -> dict[str, str]:
     scorecard = {metric: round(value, 6) for metric, value in line["scorecard"].items()}
-    decision = "forced" if line["forced"] else line["decision"]
-    registry.tag(version, {TAG_DECISION: decision, TAG_SCORECARD: json.dumps(scorecard)})
+    return {TAG_SCORECARD: json.dumps(scorecard), TAG_DECISION: "forced" if line["forced"] else line["decision"]}
 
 
 def write_card(
@@ -79,14 +102,35 @@ def write_card(
 
 def pin_reference(config: Config, number: int) -> None:
     """Pin what the monitor compares arrivals with; where that cannot be now, it is told, and the monitor does so."""
+    away = (StorageError, TrackingError, OSError)
     try:
         reference.pin(config, number)
-    except (InputError, DataError, NonFiniteError, RegistryError, StorageError, WorkerError, OSError) as error:
+    except (InputError, DataError, NonFiniteError, RegistryError, WorkerError, *away) as error:
         say(f"the reference of version {number} is not pinned yet, the monitor will try again: {error}")
 
 
 def has_card(registry: Registry, version: Version) -> bool:
     return stage.fetch(registry.directory_of(version) / CARD)
+
+
+def retire_older(config: Config, registry: Registry) -> None:
+    """Mark what retention keeps no longer; weights are deleted only where gate.delete_retired asks for it."""
+    from flows.serve import endpoint_of
+
+    workspace = registry.workspace
+    running = endpoint_of(workspace)
+    served = [running["model_version"]] if running and running["model_version"] else []
+    retired = retire(registry, config.name, config.gate.keep_versions, served)
+    new = [version for version in retired if not version.tags.get(TAG_RETIRED)]
+    deleted = delete_weights(workspace, registry, config.name, retired) if config.gate.delete_retired else {}
+    if new or deleted:
+        numbers = [version.number for version in new]
+        append_journal(workspace, RETIRE, name=config.name, versions=numbers, deleted=deleted)
+        say(f"retired versions {numbers or 'none'}: beyond gate.keep_versions={config.gate.keep_versions}")
+        for path, freed_bytes in deleted.items():
+            say(f"  deleted {path} ({freed_bytes / 2**20:.1f} MiB)")
+        if not deleted:
+            say("  their files stay; --set gate.delete_retired=true deletes their weights")
 
 
 def delete_weights(workspace: Workspace, registry: Registry, name: str, retired: Sequence[Version]) -> dict[str, int]:

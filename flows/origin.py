@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Workspace
-from cluster.errors import RegistryError
+from cluster.errors import RegistryError, TrackingError
 from cluster.registry import TAG_COMMIT, TAG_DATASET, TAG_MODEL_FINGERPRINT, TAG_PARENT, TAG_RUN, Registry
 from cluster.reigns import PROMOTE, reigns
 from flows.config import Config
@@ -77,7 +77,7 @@ def version_of(
     for name in _names(config.name, journal, number):
         try:
             tags = registry.by_number(name, number).tags
-        except RegistryError as error:
+        except (RegistryError, TrackingError) as error:
             odd.append(str(error))
             continue
         if (tags.get(TAG_RUN), tags.get(TAG_DATASET)) != (run_id, dataset):

@@ -10,18 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cluster.artifacts import Workspace, append_journal, open_workspace
-from cluster.champion import NO_CHAMPION, RETIRE, Move, drop_challenger, move_champion, retire, settle
+from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
+from cluster.champion import NO_CHAMPION, Move, drop_challenger, move_champion, settle
 from cluster.errors import ChampionMovedError, RegistryError
 from cluster.judging import judging
-from cluster.registry import (
-    CHAMPION,
-    PREVIOUS,
-    TAG_DATASET,
-    TAG_RETIRED,
-    Registry,
-    Version,
-)
+from cluster.registry import CHAMPION, PREVIOUS, TAG_DATASET, Registry, Version
 from cluster.reigns import PROMOTE
 from components import decision_page
 from components.errors import NonFiniteError
@@ -33,7 +26,7 @@ from flows.config import Config
 from flows.console import program, say, step
 from flows.decision_report import write_decision
 from flows.gather import Contest, gather
-from flows.keep import delete_weights, has_card, pin_reference, write_card, write_evidence
+from flows.keep import has_card, has_evidence, keep_with_champion, write_card, write_evidence
 from flows.models import ResolvedModel, register_version, resolve_model
 from flows.rehearse import rehearse
 
@@ -67,7 +60,7 @@ def run(
     """Make `model` the champion if the gate lets it through, or with `force` anyway.
 
     With `tryout`, what the gate let through against a champion is tried on traffic first; one that fails is rejected.
-    `confirm` is called just before the alias moves, and under its lock: what it raises leaves the champion as it is.
+    `confirm` is called before the decision is acted on, and under the alias's lock; where it raises, nothing changes.
     """
     workspace = open_workspace(config.workspace)
     registry = Registry(workspace, config.placement.tracking_uri)
@@ -115,11 +108,11 @@ def _contest(
         wanted = judged.passed or (force and not served.problem)
         line = _line(config, workspace, judged, forced=wanted and not judged.passed)
         try:
+            confirm()
             if wanted:
-                confirm()
                 number, old = judged.version.number, judged.champion
                 move = move_champion(registry, config.name, number, line, old, notify=say, proof=confirm)
-                return _promoted(config, workspace, registry, judged, move, line)
+                return _promoted(config, registry, judged, move, line)
             return _refused(config, workspace, registry, judged, line)
         except ChampionMovedError as error:
             if attempt == ATTEMPTS:
@@ -208,15 +201,10 @@ def _facts(config: Config, judged: Judged) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _promoted(
-    config: Config, workspace: Workspace, registry: Registry, judged: Judged, move: Move, line: dict[str, Any]
-) -> dict[str, Any]:
-    write_evidence(registry, judged.version, line)
-    write_card(config, registry, judged.version, judged.evaluated, line["reasons"])
-    pin_reference(config, judged.version.number)
+def _promoted(config: Config, registry: Registry, judged: Judged, move: Move, line: dict[str, Any]) -> dict[str, Any]:
     result = _result(line, judged.evaluated["scorecard"], judged.version, move.champion, move.previous)
+    keep_with_champion(config, registry, judged.version, judged.evaluated, line)
     _tell(config, result)
-    _retire(config, workspace, registry)
     return result
 
 
@@ -240,7 +228,10 @@ def _refused(
 def _unchanged(config: Config, registry: Registry, champion: Version, evaluated: dict[str, Any]) -> dict[str, Any]:
     reasons = [f"version {champion.number} is the champion already: nothing changed"]
     line = {"decision": "promote", "reasons": reasons, "report": evaluated["report"], "evaluation": evaluated["report"]}
-    if not has_card(registry, champion):  # a crash came between the move and the card
+    told = _promotion_of(registry, champion)
+    if told is not None and not has_evidence(champion, told):  # a crash came after the move
+        keep_with_champion(config, registry, champion, evaluated, told)
+    elif not has_card(registry, champion):
         write_card(config, registry, champion, evaluated, ["see the journal: the card was written later"])
     previous = registry.by_alias(config.name, PREVIOUS)
     result = _result(line, evaluated["scorecard"], champion, champion, previous)
@@ -248,23 +239,11 @@ def _unchanged(config: Config, registry: Registry, champion: Version, evaluated:
     return result
 
 
-def _retire(config: Config, workspace: Workspace, registry: Registry) -> None:
-    """Mark what retention keeps no longer; weights are deleted only where gate.delete_retired asks for it."""
-    from flows.serve import endpoint_of
-
-    running = endpoint_of(workspace)
-    served = [running["model_version"]] if running and running["model_version"] else []
-    retired = retire(registry, config.name, config.gate.keep_versions, served)
-    new = [version for version in retired if not version.tags.get(TAG_RETIRED)]
-    deleted = delete_weights(workspace, registry, config.name, retired) if config.gate.delete_retired else {}
-    if new or deleted:
-        numbers = [version.number for version in new]
-        append_journal(workspace, RETIRE, name=config.name, versions=numbers, deleted=deleted)
-        say(f"retired versions {numbers or 'none'}: beyond gate.keep_versions={config.gate.keep_versions}")
-        for path, freed_bytes in deleted.items():
-            say(f"  deleted {path} ({freed_bytes / 2**20:.1f} MiB)")
-        if not deleted:
-            say("  their files stay; --set gate.delete_retired=true deletes their weights")
+def _promotion_of(registry: Registry, champion: Version) -> dict[str, Any] | None:
+    """Find the journal's line of the gate's last word on a version; None where that did not let it through."""
+    lines = [line for line in read_journal(registry.workspace) if line["event"] == PROMOTE and "scorecard" in line]
+    last = [line for line in lines if (line["name"], line["version"]) == (champion.name, champion.number)][-1:]
+    return last[0] if last and last[0]["decision"] == "promote" else None
 
 
 def _result(

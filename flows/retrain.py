@@ -107,8 +107,8 @@ def _work(config: Config, ledger: Ledger, once: bool, force: bool) -> dict[str, 
     """Turn after turn; a standing loop ends by a signal."""
     result = _result(WAIT, {"kinds": [], "reasons": ["ended before it looked"]}, None)
     while True:
+        went_on, begun, away = ledger.state.cycle is not None, ledger.state.cycles, False
         try:
-            went_on = ledger.state.cycle is not None
             result = _turn(config, ledger, once, force)
             force = force and went_on  # a cycle that was under way is not what was asked for
         except LeaseLostError:
@@ -117,7 +117,9 @@ def _work(config: Config, ledger: Ledger, once: bool, force: bool) -> dict[str, 
             if once:
                 raise
             say(f"{error}\nthe loop goes on in {config.retrain.look_every_s:g} s")
-        if force:
+            away = True
+            force = force and ledger.state.cycles == begun  # else what was asked for is under way
+        if force and not away:
             continue
         if once:
             return result

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.artifacts import Workspace, read_journal, read_json, read_record
 from cluster.endpoint_numbers import Look
-from cluster.errors import RegistryError, StorageError
+from cluster.errors import RegistryError, StorageError, TrackingError
 from cluster.registry import CHAMPION, Registry
 from cluster.reigns import PROMOTE
 from components.dataset import CARD, DatasetVersion
@@ -270,7 +270,7 @@ def _decay_since(desk: Desk, version: int) -> Decay | None:
         seen = look_at_source(desk.config, desk.ledger, desk.dataset(), patient=False)
         new = resolve_model(desk.config, f"models:/{desk.config.name}/{version}")
         return None if seen is None else decay_beside(desk.config, desk.workspace, (desk.champion(), new), seen)
-    except (*CANNOT_SAY, StorageError) as error:
+    except (*CANNOT_SAY, StorageError, TrackingError) as error:
         say(f"decay is not measured: {error}")
         return None
 

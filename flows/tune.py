@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import stage, telemetry
-from cluster.artifacts import append_journal, read_record, write_record
+from cluster.artifacts import Workspace, append_journal, read_journal, read_record, write_record
 from cluster.crew import Crew
 from cluster.errors import WorkerError
 from cluster.placement import check_placement, plan_batch
@@ -48,6 +48,7 @@ def run(config: Config) -> dict[str, Any]:
         directory = inputs.workspace.searches / search_id
         finished = read_record(directory)
         if finished is not None and finished["asked"] == _asked(config):
+            _tell_once(inputs.workspace, finished["results"])
             say(f"search {search_id}: complete with the same fingerprint, nothing to do")
             return dict(finished["results"])
         search = Search(config, space, inputs, directory)
@@ -176,9 +177,18 @@ def _conclude(config: Config, search: Search, winner: dict[str, Any]) -> dict[st
     shutil.rmtree(search.directory / "groups", ignore_errors=True)
     asked = {"asked": _asked(config), "config": config.model_dump(), "results": results}
     write_record(search.directory, asked)
-    facts = {key: results["best"][key] for key in ("run_id", "overrides", "eval_loss")}
-    append_journal(workspace, "search", search=search.directory.name, trials=len(record.trials), **facts)
+    _tell_once(workspace, results)
     return results
+
+
+def _tell_once(workspace: Workspace, results: dict[str, Any]) -> None:
+    """Journal a search, unless its line is there: who was killed after the record has not told it."""
+    best = results["best"]
+    key = {"search": results["search"], "trials": len(results["trials"]), "run_id": best["run_id"]}
+    for line in read_journal(workspace):
+        if line["event"] == "search" and all(line.get(name) == value for name, value in key.items()):
+            return
+    append_journal(workspace, "search", **key, overrides=best["overrides"], eval_loss=best["eval_loss"])
 
 
 def _beside_own(record: SearchRecord, best: TrialRecord) -> dict[str, Any] | None:

@@ -1,21 +1,24 @@
 """Alias moves: two promoters at once, a promoter killed at every point, roll-back, retention and the history of it."""
 
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import champion
+from cluster import champion, storage
 from cluster.artifacts import Workspace, append_journal, open_workspace, read_journal
-from cluster.champion import drop_challenger, move_champion, retire, roll_back, set_challenger, settle
+from cluster.canary import Trial, read_trial
+from cluster.champion import drop_challenger, move_champion, retire, roll_back, set_challenger, settle, trying
 from cluster.errors import ChampionMovedError, LeaseLostError, RegistryError
 from cluster.judging import judging
-from cluster.lease import hold_lease
+from cluster.lease import hold_lease, read_lease
 from cluster.registry import (
     CHALLENGER,
     CHAMPION,
@@ -411,6 +414,21 @@ def test_promoter_killed_before_its_challenger_is_one_no_more_is_repaired(
     line = read_journal(workspace)[-1]
     assert (line["event"], line["champion"], line["repaired"]) == ("promote", 3, True)
     assert settle(registry, "fresco") == []
+
+
+def test_late_holder_leaves_the_trial_of_its_heir_alone(registry: Registry, workspace: Workspace) -> None:
+    """It stood still for longer than its time-to-live, and the heir tries the same version again."""
+    place = workspace.place("locks", "trial-fresco.lock")
+    move_champion(registry, "fresco", 1)
+    late = trying(registry, "fresco", 3, 0.2)
+    with pytest.raises(LeaseLostError, match=r"held by trial of version 3 \(token 1\), found token 2"), late:
+        own = read_lease(place)
+        assert own is not None
+        heir = replace(own, owner="heir", machine="other/1", nonce="other", token=2)
+        storage.write_bytes_atomic(f"{place}.epochs/{heir.token:012}.json", json.dumps(asdict(heir)).encode())
+    assert read_trial(registry, "fresco") == Trial(3, 0.2) and challenger_of(registry) == 3
+    assert read_journal(workspace)[-1]["reasons"] == ["canary"], "no line says that the trial ended"
+    assert read_lease(place) == heir
 
 
 @pytest.mark.parametrize(("where", "left"), [(CHALLENGER, 3), ("journal", None)])

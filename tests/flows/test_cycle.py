@@ -14,7 +14,7 @@ import pytest
 
 from cluster import champion, lease
 from cluster.artifacts import open_workspace, read_journal
-from cluster.errors import LeaseLostError, StorageError, WorkerError
+from cluster.errors import LeaseLostError, StorageError, TrackingError, WorkerError
 from cluster.lease import hold_lease
 from cluster.registry import CHAMPION, PREVIOUS, Registry
 from components.errors import DataError
@@ -25,6 +25,7 @@ from flows.config import Config, load_config, with_overrides
 from flows.findings import Findings
 from flows.ledger import Ledger, lease_place, look_at
 from tests.loop_world import arrive, crown, loop_config
+from tests.servers import free_port
 
 
 class Killed(BaseException):
@@ -190,6 +191,20 @@ def test_storage_that_is_away_leaves_the_cycle_open(config: Config, world: World
     line = go_on(config)
     assert line is not None and line["decision"] == "promoted" and told(config) == expected()
     assert world.ran["snapshot"] == 1 and world.ran["prepare"] == 2
+
+
+@pytest.mark.parametrize("stage", ["gate", "deploy", "watch"])
+def test_tracking_server_that_is_away_leaves_the_cycle_open(
+    config: Config, world: World, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    nobody, quick = f"http://127.0.0.1:{free_port()}", cycle.STAGES[stage]
+    with monkeypatch.context() as away, pytest.raises(TrackingError, match="found: nothing answers there"):
+        away.setitem(cycle.STAGES, stage, lambda desk: Registry(desk.workspace, nobody).by_alias("loop", CHAMPION))
+        go_on(config)
+    assert cycle.STAGES[stage] is quick and told(config)[-1] == ("stage", "cycle-0001", stage, "began", None)
+    line = go_on(config)
+    assert line is not None and line["decision"] == "promoted" and told(config) == expected()
 
 
 def test_what_the_gate_refuses_ends_there_and_is_remembered(config: Config, world: World) -> None:

@@ -37,7 +37,7 @@ from components.errors import InputError
 from components.evidence import Served
 from components.models import load_parts, make_tiny, model_fingerprint, save_parts
 from components.recipe import DataSection, EvaluateSection, GateSection, ModelSection
-from flows import challenge, history, prepare, promote, rollback, status
+from flows import challenge, history, keep, prepare, promote, rollback, status
 from flows.config import Config
 from flows.models import resolve_model
 
@@ -255,6 +255,22 @@ def test_promotion_whose_asker_was_replaced_while_it_waited_for_the_lock_moves_n
     assert registry_of(config).by_alias("fresco", CHAMPION) is None
 
 
+def test_late_loop_refuses_nothing_any_more(config, make_model) -> None:
+    for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", WORST)):
+        make_model(run_id, scale)
+    promote.run(config, "fresco-a")
+    challenge.run(config, "fresco-b")
+    journal = read_journal(open_workspace(config.workspace))
+
+    def confirm() -> None:
+        raise LeaseLostError("an heir works here")
+
+    with pytest.raises(LeaseLostError, match="an heir"):
+        promote.run(config, "fresco-b", confirm=confirm)
+    assert challenger_of(config) == 2 and read_journal(open_workspace(config.workspace)) == journal
+    assert TAG_DECISION not in registry_of(config).by_number("fresco", 2).tags
+
+
 def test_promoting_the_champion_again_changes_nothing_but_a_missing_card(config, make_model) -> None:
     card = make_model("fresco-a", MIDDLE) / "pipeline" / "README.md"
     promote.run(config, "fresco-a")
@@ -266,6 +282,40 @@ def test_promoting_the_champion_again_changes_nothing_but_a_missing_card(config,
         assert (again["decision"], again["champion"], again["previous"]) == ("promote", 1, None)
     assert read_journal(open_workspace(config.workspace)) == journal and card.is_file()
     assert len(registry_of(config).versions("fresco")) == 1
+
+
+@pytest.mark.parametrize("dies_at", ["move_champion", "write_card", "pin_reference", "retire_older"])
+def test_promoter_killed_after_the_move_leaves_what_the_next_one_completes(
+    config, make_model, monkeypatch, dies_at
+) -> None:
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"keep_versions": 0})})
+    for run_id, scale in (("fresco-a", WORST), ("fresco-b", MIDDLE), ("fresco-c", BEST)):
+        make_model(run_id, scale)
+    for run_id in ("fresco-a", "fresco-b"):
+        promote.run(config, run_id)
+    owner = promote if dies_at == "move_champion" else keep
+    effect = getattr(owner, dies_at)
+
+    def act_and_die(*given: Any, **named: Any) -> None:
+        effect(*given, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, dies_at, act_and_die)
+        promote.run(config, "fresco-c")
+    moved = read_journal(open_workspace(config.workspace))
+    result = promote.run(config, "fresco-c")
+    assert result["reasons"] == ["version 3 is the champion already: nothing changed"]
+    version = registry_of(config).by_number("fresco", 3)
+    (line,) = (line for line in moved if line["event"] == "promote" and line["version"] == 3)
+    assert version.tags[TAG_DECISION] == "promote" and json.loads(version.tags[TAG_SCORECARD])["denoising_loss"] > 0
+    workspace = open_workspace(config.workspace)
+    assert line["reasons"][0] in (workspace.run_dir("fresco-c") / "pipeline" / "README.md").read_text()
+    assert (workspace.root / "monitor" / "reference" / "fresco" / "version-3" / "record.json").is_file()
+    assert registry_of(config).by_number("fresco", 1).tags.get(TAG_RETIRED)
+    journal = read_journal(workspace)
+    assert [line["event"] for line in journal].count("retire") == 1
+    assert promote.run(config, "fresco-c") == result and read_journal(workspace) == journal
 
 
 def test_model_card_stands_beside_the_weights_which_open_in_diffusers_and_keep_their_fingerprint(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.artifacts import open_workspace, read_journal
-from cluster.errors import LeaseLostError
+from cluster.errors import LeaseLostError, StorageError
 from cluster.fencing import write_fenced
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, Registry
@@ -25,6 +25,7 @@ from flows import arrivals, findings, prepare, promote, retrain, snapshot
 from flows.config import Config, load_config, with_overrides
 from flows.ledger import Ledger, State, asked_uri, lease_place, look_at, state_uri
 from tests.loop_world import arrive, crown, loop_config, write_config
+from tests.servers import free_port
 
 WAIT_S = 240
 
@@ -226,6 +227,68 @@ def test_the_standing_loop_tells_the_same_wait_once(served: Config) -> None:
     assert len(looks) == 3 and result["decision"] == "wait"
     assert len(journal_of(served, "trigger")) == 1
     assert read_lease(lease_place(open_workspace(served.workspace))) is None, "and gives the lease back"
+
+
+def test_a_tracking_server_that_is_away_for_a_look_is_waited_for(
+    served: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    looks, looked, slept = [f"http://127.0.0.1:{free_port()}", ""], findings.look, []
+
+    def look(config: Config, *given: Any, **named: Any) -> Any:
+        Registry(open_workspace(config.workspace), looks.pop(0)).by_alias(config.name, CHAMPION)
+        return looked(config, *given, **named)
+
+    def sleep(*_: Any) -> None:
+        slept.append(1)
+        if not looks:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(findings, "look", look)
+    monkeypatch.setattr(retrain, "_sleep", sleep)
+    assert retrain.run(served)["trigger"]["reasons"] == ["no trigger: 0 new pictures, 10 are enough"]
+    assert len(slept) == 2
+    assert "found: nothing answers there; check" in (told := capsys.readouterr().err) and "the loop goes on in" in told
+
+
+@pytest.mark.parametrize("where", ["before the cycle", "in the cycle", "at its end"])
+def test_force_waits_for_storage_that_is_away_and_becomes_one_cycle(
+    served: Config, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    did: list[str] = []
+
+    def away(now: str) -> None:
+        if now == where and f"away {now}" not in did:
+            did.append(f"away {now}")
+            raise StorageError("nothing answers")
+
+    def look(*given: Any, **named: Any) -> Any:
+        away("before the cycle")
+        return looked(*given, **named)
+
+    def finish(config: Config, book: Ledger) -> dict[str, Any]:
+        assert book.state.cycle is not None
+        away("in the cycle")
+        line = {"cycle": book.state.cycle.id, "decision": "refused", "reasons": ["x"], "trigger": {}, "stages": []}
+        did.append(book.state.cycle.id)
+        book.state.cycle = None
+        book.save()
+        away("at its end")
+        return line
+
+    def sleep(*_: Any) -> None:
+        did.append("slept")
+        assert len(did) < 9
+        if did.count("slept") == 2:
+            raise KeyboardInterrupt
+
+    looked = findings.look
+    monkeypatch.setattr(findings, "look", look)
+    monkeypatch.setattr(retrain.cycle, "run", finish)
+    monkeypatch.setattr(retrain, "_sleep", sleep)
+    retrain.run(served, force=True)
+    ended = ["cycle-0001", f"away {where}", "slept", "slept"]
+    assert did == (ended if where == "at its end" else [f"away {where}", "slept", "cycle-0001", "slept"])
 
 
 @pytest.fixture

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.artifacts import read_json, read_record
+from cluster.artifacts import open_workspace, read_journal, read_json, read_record, write_record
 from cluster.errors import PlacementError
 from cluster.workers import read_lines
 from components.errors import InputError
@@ -151,6 +153,9 @@ def test_search_leaves_a_report_pictures_and_nested_runs(result: dict[str, Any],
 
 def test_same_command_finds_the_finished_search(result: dict[str, Any], tiny_base: Path, workspace: Path) -> None:
     assert tune.run(searched(tiny_base, workspace)) == result
+    assert [line["search"] for line in read_journal(open_workspace(str(workspace))) if line["event"] == "search"] == [
+        result["search"]
+    ]
 
 
 def test_killed_driver_continues_and_no_trial_is_lost_or_doubled(
@@ -179,6 +184,25 @@ def test_killed_driver_continues_and_no_trial_is_lost_or_doubled(
     assert [(trial["state"], trial["steps"]) for trial in again["trials"]] == [
         (trial["state"], trial["steps"]) for trial in result["trials"]
     ]
+
+
+def test_search_whose_command_was_killed_before_it_told_the_journal_is_told_by_the_next_once(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the books are of interest: dataset and workers are stood for."""
+    config, workspace = searched(tiny_base, tmp_path), open_workspace(str(tmp_path))
+    inputs = SimpleNamespace(workspace=workspace, run_id=lambda config: "run-0")
+    monkeypatch.setattr(tune, "local_session", lambda placement: nullcontext())
+    monkeypatch.setattr(tune, "open_inputs", lambda config: inputs)
+    name = f"tiny-{tune.search_fingerprint(config, inputs)}"  # type: ignore[arg-type]
+    best = {"run_id": "tiny-1", "overrides": {DENOISER: 1e-3}, "eval_loss": 0.5, "steps": STEPS}
+    results = {"search": name, "trials": [best, {"run_id": "tiny-2"}], "best": best, "report": "report.html"}
+    write_record(workspace.searches / name, {"asked": tune._asked(config), "results": results})
+    for _ in range(2):
+        assert tune.run(config) == results
+        (line,) = read_journal(workspace)
+        facts = {"search": name, "trials": 2, "run_id": "tiny-1", "overrides": {DENOISER: 1e-3}, "eval_loss": 0.5}
+        assert {key: line[key] for key in facts} == facts and line["event"] == "search"
 
 
 @pytest.mark.parametrize(
