@@ -40,10 +40,9 @@ def upload_file(bucket: str, key: str, path: Path) -> str:
 def describe(bucket: str, key: str) -> dict[str, Any] | None:
     """Return what boto3 says of an object (ContentLength, ETag, Metadata, LastModified); None when there is none."""
     try:
-        found: dict[str, Any] = s3.client().head_object(Bucket=bucket, Key=key)
-        return found
+        return s3.head(bucket, key)
     except s3.client().exceptions.ClientError as error:
-        if error.response["Error"]["Code"] in s3.NOT_THERE:
+        if error.response["Error"]["Code"] == s3.NOT_THERE:
             return None
         raise
 
@@ -71,7 +70,7 @@ def download(bucket: str, key: str, path: Path) -> tuple[str, os.stat_result] | 
                 return etag, facts
         except s3.client().exceptions.ClientError as error:
             # Replaced or removed between two requests: looked at again.
-            if error.response["Error"]["Code"] not in (*s3.CONDITION_FAILED, *s3.NOT_THERE):
+            if error.response["Error"]["Code"] not in (*s3.CONDITION_FAILED, s3.NOT_THERE):
                 raise
         finally:
             Path(temporary).unlink(missing_ok=True)

@@ -40,6 +40,8 @@ WRONG_CLOCK = "wrong_clock"
 """403 RequestTimeTooSkewed with a Date of three hours ago."""
 CONFLICT = "conflict"
 """409 ConditionalRequestConflict."""
+NOT_FOUND = "not_found"
+"""404 of a proxy before the server that knows no such route: its own words, no XML; the request is not passed on."""
 HOP_HEADERS = ("connection", "transfer-encoding", "content-length", "date", "server", "keep-alive")
 SKEW_S = 3 * 3600
 
@@ -140,6 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(409, "ConditionalRequestConflict", "A conflicting conditional operation is in progress.")
         elif fault == WRONG_CLOCK:
             self._error(403, "RequestTimeTooSkewed", "The difference between the request time and the current time is")
+        elif fault == NOT_FOUND:
+            content = b"default backend - 404"
+            self._head(404, [("Content-Type", "text/plain"), ("Content-Length", str(len(content)))], time.time())
+            self.wfile.write(content if self.command != "HEAD" else b"")
         elif fault == RESET:
             self._break()
         elif fault == HANG:

@@ -11,12 +11,13 @@ import boto3
 import pytest
 
 from cluster import s3, storage
-from cluster.errors import StorageError
+from cluster.errors import BucketError, StorageError
 from tests.faults import (
     CONFLICT,
     FLIP,
     HANG,
     LOST_ANSWER,
+    NOT_FOUND,
     RESET,
     SHORTEN,
     SLOW_DOWN,
@@ -129,6 +130,36 @@ def test_a_listing_that_is_cut_short_in_its_text_is_refused_not_taken_for_fewer_
     s3_network.plan(Rule(SHORTEN, 1000, "GET .*list-type"))
     with pytest.raises(StorageError, match=f"could not list {bucket}/set"):
         storage.list_files(f"{bucket}/set")
+
+
+def test_a_404_that_is_not_s3s_own_is_an_error_and_never_nothing_there(stored: str, s3_network: Network) -> None:
+    """As an ingress answers while the server behind it is replaced: "default backend - 404"."""
+    _, tag = storage.read_tagged(stored)
+    s3_network.plan(Rule(NOT_FOUND, 1000))
+    folder = stored.rpartition("/")[0]
+    for ask in (
+        lambda: storage.read_bytes(stored),
+        lambda: storage.open_input(stored),
+        lambda: storage.list_files(folder),
+        lambda: storage.exists(folder),
+        lambda: storage.replace_if(stored, b"new", tag),
+    ):
+        with pytest.raises(StorageError, match=r"404.*not S3 but something before it said so: check AWS_ENDPOINT_URL"):
+            ask()
+    s3_network.plan(Rule(NOT_FOUND, 1, "HEAD"))
+    with storage.open_input(stored) as file:
+        assert file.read() == CONTENT
+    storage.write_bytes_atomic(stored, b"")
+    s3_network.plan(Rule(NOT_FOUND, 1, "HEAD"))
+    with storage.open_input(stored) as file:
+        assert file.read() == b"", "an object of no bytes is there too"
+
+
+def test_a_bucket_that_does_not_exist_is_said_and_is_no_empty_one(bucket: str) -> None:
+    nowhere = f"{bucket}-typo"
+    for ask in (storage.list_files, storage.exists, storage.read_bytes, storage.open_input, storage.read_tagged):
+        with pytest.raises(BucketError, match=rf"{nowhere}/x at .*bucket '{nowhere[5:]}' does not exist; create it"):
+            ask(f"{nowhere}/x")
 
 
 def test_the_writer_whose_answer_was_lost_learns_that_it_won(bucket: str, s3_network: Network) -> None:

@@ -20,7 +20,7 @@ from cluster.artifacts import (
     write_record,
 )
 from cluster.errors import PlacementError, StorageError
-from tests.faults import FLIP, LOST_ANSWER, RESET, SHORTEN, SLOW_DOWN, TRUNCATE, WRONG_CLOCK, Network, Rule
+from tests.faults import FLIP, LOST_ANSWER, NOT_FOUND, RESET, SHORTEN, SLOW_DOWN, TRUNCATE, WRONG_CLOCK, Network, Rule
 from tests.machines import Machines
 
 
@@ -137,6 +137,28 @@ def test_an_object_that_was_damaged_in_the_bucket_is_refused(machines: Machines)
     s3.client().put_object(Bucket=name, Key=key, Body=b"as it is ", Metadata=metadata)
     with pytest.raises(StorageError, match="what came differs from what was uploaded"):
         stage.fetch(machines.be("second").root / "reports" / "page.html")
+
+
+def test_a_404_that_is_not_s3s_own_takes_nothing_away_here(machines: Machines, s3_network: Network) -> None:
+    workspace = machines.be("only")
+    path = workspace.root / "reports" / "page.html"
+    write_bytes_atomic(path, b"as it was")
+    append_journal(workspace, "dataset")
+    s3_network.plan(Rule(NOT_FOUND, 1000))
+    for ask in (
+        lambda: stage.fetch(path),
+        lambda: stage.fetch_tree(path.parent),
+        lambda: stage.changed_at(path),
+        lambda: stage.folders(workspace.root),
+        lambda: read_journal(workspace),
+        lambda: read_record(path.parent),
+    ):
+        with pytest.raises(StorageError, match=r"404.*not S3 but something before it said so"):
+            ask()
+    assert path.read_bytes() == b"as it was"
+    s3_network.plan(Rule(NOT_FOUND, 1, "HEAD"))
+    assert stage.fetch(path) and s3_network.struck, "a HEAD alone proves nothing"
+    assert not stage.fetch(path.with_name("none.html"))
 
 
 def test_a_wrong_clock_is_named(machines: Machines, s3_network: Network) -> None:
