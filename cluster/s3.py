@@ -166,6 +166,7 @@ def worded(verb: str, uri: str) -> Iterator[None]:
     """Turn what boto3 raises into FileNotFoundError or StorageError; not chained, a cause's text may hold secrets."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -178,7 +179,7 @@ def worded(verb: str, uri: str) -> Iterator[None]:
             raise BucketError(message(verb, uri, found, NO_BUCKET_ADVICE)) from None
         advice = STRANGER_ADVICE if code in WORDLESS else _clock_advice(error)
         raise StorageError(message(verb, uri, error, advice)) from None
-    except (OSError, BotoCoreError, ResponseParserError, ValueError) as error:
+    except (OSError, BotoCoreError, ResponseParserError, HTTPError, ValueError) as error:
         raise StorageError(message(verb, uri, error)) from None
 
 
@@ -229,12 +230,14 @@ def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> Any:
 def _damage() -> tuple[type[Exception], ...]:
     """What a body that does not arrive whole raises while it is read."""
     from botocore import exceptions
+    from urllib3.exceptions import HTTPError
 
     return (
         exceptions.IncompleteReadError,
         exceptions.ResponseStreamingError,
         exceptions.ReadTimeoutError,
         exceptions.FlexibleChecksumError,
+        HTTPError,  # boto3 lets some through, such as an error of TLS in the middle of a body
         ConnectionError,
         TimeoutError,
     )

@@ -3,12 +3,16 @@
 Never other bytes, never half an object, never a secret in a message.
 """
 
+import io
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import boto3
 import pytest
+from botocore.response import StreamingBody
+from urllib3.exceptions import SSLError
 
 from cluster import s3, storage
 from cluster.errors import BucketError, StorageError
@@ -88,6 +92,33 @@ def test_a_read_whose_faults_do_not_end_fails_after_bounded_attempts_and_says_wh
     with pytest.raises(StorageError, match=rf"could not read {stored} at http://127.*(?i:{said})"):
         storage.read_bytes(stored)
     assert len(s3_network.seen) == s3.MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize("times", [2, s3.MAX_ATTEMPTS])
+def test_a_tls_error_in_the_middle_of_a_body_is_tried_again_and_then_said(stored: str, times: int) -> None:
+    """As urllib3 raises it, and boto3 lets it through: no OSError and no error of boto3."""
+    left = [SSLError("[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]")] * times
+
+    class Torn(io.BytesIO):
+        def read(self, amount: int | None = None) -> bytes:
+            raise left.pop()
+
+    def tear(parsed: dict[str, Any], **_: object) -> None:
+        if left:
+            parsed["Body"].close()
+            parsed["Body"] = StreamingBody(Torn(), len(CONTENT))
+
+    events = s3.client().meta.events
+    events.register("after-call.s3.GetObject", tear)
+    try:
+        if times < s3.MAX_ATTEMPTS:
+            assert storage.read_bytes(stored) == CONTENT
+        else:
+            with pytest.raises(StorageError, match=rf"could not read {stored} at http.*DECRYPTION_FAILED.*network"):
+                storage.read_bytes(stored)
+    finally:
+        events.unregister("after-call.s3.GetObject", tear)
+    assert left == []
 
 
 def test_an_answer_that_never_comes_is_asked_for_again(short_timeouts: None, stored: str, s3_network: Network) -> None:
