@@ -20,7 +20,10 @@ IN_MEMORY_BYTES = s3.MULTIPART_BYTES
 
 
 def upload(bucket: str, key: str, content: bytes) -> str:
-    """Write a whole object or none, replacing what was there; return its ETag."""
+    """Write a whole object or none, replacing what was there; return its ETag.
+
+    Empty where it was uploaded in parts and another writer replaced it before its ETag could be asked for.
+    """
     if len(content) >= IN_MEMORY_BYTES:
         return _in_parts(bucket, key, io.BytesIO(content), hashlib.sha256(content).hexdigest())
     metadata = {SHA256: hashlib.sha256(content).hexdigest()}
@@ -102,7 +105,9 @@ def _in_parts(bucket: str, key: str, file: Any, digest: str) -> str:
 
     parts = TransferConfig(multipart_threshold=IN_MEMORY_BYTES, multipart_chunksize=s3.PART_BYTES)
     s3.client().upload_fileobj(file, bucket, key, Config=parts, ExtraArgs={"Metadata": {SHA256: digest}})
-    return tag_of(s3.client().head_object(Bucket=bucket, Key=key))
+    found = describe(bucket, key)
+    ours = found is not None and found["Metadata"].get(SHA256) == digest
+    return tag_of(found) if found is not None and ours else ""
 
 
 def folders(bucket: str, prefix: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import event_lines, stage, stage_names, storage, whole_folders
+from cluster import event_lines, s3, s3_files, stage, stage_names, storage, whole_folders
 from cluster.artifacts import (
     append_journal,
     finished,
@@ -130,8 +130,6 @@ def test_an_object_that_was_damaged_in_the_bucket_is_refused(machines: Machines)
     path = workspace.root / "reports" / "page.html"
     write_bytes_atomic(path, b"as it was")
     address = str(stage.address_of(path))
-    from cluster import s3
-
     name, _, key = address.removeprefix("s3://").partition("/")
     metadata = s3.client().head_object(Bucket=name, Key=key)["Metadata"]
     s3.client().put_object(Bucket=name, Key=key, Body=b"as it is ", Metadata=metadata)
@@ -304,8 +302,6 @@ def test_a_log_that_grew_here_is_not_replaced_by_its_older_copy(machines: Machin
 def test_a_large_file_travels_in_parts_and_is_compared(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, s3_network: Network
 ) -> None:
-    from cluster import s3, s3_files
-
     monkeypatch.setattr(s3_files, "IN_MEMORY_BYTES", 5 * 2**20)
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     content = bytes(range(251)) * 50_000
@@ -319,3 +315,24 @@ def test_a_large_file_travels_in_parts_and_is_compared(
     s3_network.plan(Rule(FLIP, 1, "GET .*big.bin"))
     assert stage.fetch(other) and other.read_bytes() == content
     assert s3_network.struck == [FLIP]
+
+
+def test_an_upload_in_parts_that_another_replaced_at_once_is_not_taken_for_what_is_there(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, s3_network: Network
+) -> None:
+    monkeypatch.setattr(s3_files, "IN_MEMORY_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    path = machines.be("first").root / "big.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"ours" * 2**21)
+    bucket, _, key = str(stage.address_of(path)).removeprefix("s3://").partition("/")
+
+    def overtake(request: str) -> None:
+        if request.startswith("HEAD"):
+            s3_network.before_passing_on = None
+            s3_files.upload(bucket, key, b"theirs")
+
+    s3_network.before_passing_on = overtake
+    stage.keep(path)
+    assert s3_network.before_passing_on is None
+    assert stage.fetch(path) and path.read_bytes() == b"theirs"
