@@ -44,6 +44,15 @@ def test_a_local_workspace_is_what_it_was(tmp_path: Path) -> None:
     assert [path.name for path in workspace.root.iterdir()] == ["a.json"]
 
 
+def test_paths_of_a_stage_are_addresses_in_what_other_machines_read_as_keys_too(machines: Machines) -> None:
+    workspace = machines.be("first")
+    pipeline = str(workspace.run_dir("r") / "pipeline")
+    append_journal(workspace, "retire", versions=[1], deleted={pipeline: 5}, kept=[pipeline])
+    (line,) = read_journal(machines.be("second"))
+    address = f"{machines.uri}/runs/r/pipeline"
+    assert (line["deleted"], line["kept"]) == ({address: 5}, [address])
+
+
 def test_a_prefix_that_no_folder_can_be_named_after_is_refused(bucket: str) -> None:
     for prefix in ("x" * 250, "a/../b", "a//b"):
         with pytest.raises(PlacementError, match="workspace expected as s3://BUCKET/PREFIX"):
