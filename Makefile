@@ -4,7 +4,7 @@
 #   VENV        where the environment lives
 #   KEEP        with demo: leave the endpoint and its page running
 #   KILLS       with chaos: how often the loop is killed
-#   PICTURES    with bench-drift: a folder of captioned pictures
+#   PICTURES    with bench-drift: a folder of pictures with their captions in metadata.jsonl
 #   QUICK       with bench-replay: only try that it runs
 #   PIP_FLAGS   more options for pip, such as another package index
 
@@ -65,7 +65,7 @@ bench-tune: $(STAMP)  ## steps that the search saves beside random search, and t
 bench-gate: $(STAMP)  ## how often the gate promotes equal recipes, and finds better ones, on real runs
 	@$(BIN)/python -m benchmarks.gate
 
-bench-drift: $(STAMP)  ## false alarms of years of daily looks, and power, of the drift monitor; PICTURES=folder for real ones
+bench-drift: $(STAMP)  ## false alarms of years of daily looks, and power, of the drift monitor; PICTURES=folder with metadata.jsonl for real ones
 	@$(BIN)/python -m benchmarks.drift $(if $(PICTURES),--pictures $(PICTURES))
 
 bench-replay: $(STAMP)  ## what replay, averaging and anchors buy when the world drifts; QUICK=1 only tries that it runs

@@ -16,6 +16,12 @@ class StorageError(RuntimeError):
     exit_code = 1
 
 
+class BucketError(StorageError):
+    """A bucket that was named does not exist."""
+
+    exit_code = 2
+
+
 class LeaseLostError(StorageError):
     """Another process took the lease over, or wrote with a newer token; nothing was changed by the late one."""
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from cluster import storage
+from cluster.conditional_writes import check_conditional_writes
 from cluster.errors import LeaseLostError, StorageError
 from cluster.processes import start_ticks, this_machine
 from cluster.stage_names import shared
@@ -229,6 +230,7 @@ def _is_over(holder: Lease, watch: Watch) -> bool:
 
 def _claim(uri: str, owner: str, ttl_s: float, token: int) -> Lease | None:
     """Create the epoch; None when another was faster."""
+    check_conditional_writes(uri)
     now, pid = time.time(), os.getpid()
     started = psutil.Process(pid).create_time()
     nonce = uuid.uuid4().hex

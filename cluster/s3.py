@@ -21,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
-from cluster.errors import StorageError
+from cluster.errors import BucketError, StorageError
 from cluster.redaction import redacted
 
 LOG = logging.getLogger(__name__)
@@ -33,12 +33,19 @@ MAX_CONNECTIONS = 32
 PART_BYTES = 16 * 2**20
 MULTIPART_BYTES = 64 * 2**20
 """From this size an object is uploaded in parts, each retried by itself; it appears when all are there, or never."""
-READ_AHEAD_BYTES = 4 * 2**20
 WRITER = "fresco-writer"
-NOT_THERE = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
+NOT_THERE = "NoSuchKey"
+"""What S3 itself says of an object that is not there; any other 404 may be a proxy's, and proves nothing."""
+NO_BUCKET = "NoSuchBucket"
+WORDLESS = ("404", "NotFound")
+"""A 404 without S3's words: every one that answers HEAD, and those that are not from S3."""
+EMPTY = "InvalidRange"
+"""An object of no bytes has no first one."""
 CONDITION_FAILED = ("PreconditionFailed", "412")
 TRY_AGAIN = ("ConditionalRequestConflict", "409")
 WRONG_CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
+NO_BUCKET_ADVICE = "create it, or correct the name or AWS_ENDPOINT_URL"
+STRANGER_ADVICE = "not S3 but something before it said so: check AWS_ENDPOINT_URL, and proxies and routes on the way"
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _MADE: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """Clients of this process."""
@@ -89,9 +96,26 @@ def read_answer(bucket: str, key: str, **conditions: Any) -> tuple[bytes, dict[s
     raise AssertionError("the last pause raises")
 
 
-def open_seekable(bucket: str, key: str) -> io.BufferedReader:
-    """Open an object for reading with seek; all ranges are of one version of it, or reading fails."""
-    return io.BufferedReader(_Ranges(bucket, key), buffer_size=READ_AHEAD_BYTES)
+def head(bucket: str, key: str) -> dict[str, Any]:
+    """Return what boto3 says of an object without its bytes; ClientError NoSuchKey when there is none.
+
+    An answer to HEAD has no words, so its 404 may be anybody's, a proxy's too: GET is asked whose it was.
+    """
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            found: dict[str, Any] = client().head_object(Bucket=bucket, Key=key)
+            return found
+        except client().exceptions.ClientError as error:
+            if error.response["Error"]["Code"] not in WORDLESS:
+                raise
+            unsaid = error
+        try:
+            client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
+        except client().exceptions.ClientError as error:
+            if error.response["Error"]["Code"] != EMPTY:
+                raise
+        pause(attempt, f"read s3://{bucket}/{key}", unsaid)  # it is there: it came between the two requests
+    raise AssertionError("the last pause raises")
 
 
 def write(bucket: str, key: str, content: bytes) -> None:
@@ -118,7 +142,7 @@ def write_if(bucket: str, key: str, content: bytes, etag: str | None) -> bool:
             if code in CONDITION_FAILED:
                 # Perhaps by our own write, whose answer was lost and which the client then sent again.
                 return _mark_of(bucket, key) == mark
-            if etag is not None and code in NOT_THERE and code != "NoSuchBucket":
+            if etag is not None and code == NOT_THERE:
                 return False
             if code not in TRY_AGAIN:
                 raise
@@ -137,69 +161,29 @@ def pages(bucket: str, prefix: str, **after: str) -> Iterator[dict[str, Any]]:
         yield from page.get("Contents", ())
 
 
-class _Ranges(io.RawIOBase):
-    """An object as a file: every read is one request for a range of the version that was there at the start."""
-
-    def __init__(self, bucket: str, key: str) -> None:
-        self._bucket, self._key, self._at = bucket, key, 0
-        found = client().head_object(Bucket=bucket, Key=key)
-        self._size, self._etag = int(found["ContentLength"]), found["ETag"]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readall(self) -> bytes:
-        rest = bytearray(max(0, self._size - self._at))
-        self.readinto(rest)
-        return bytes(rest)
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._size - self._at)
-        if wanted <= 0:
-            return 0
-        span = f"bytes={self._at}-{self._at + wanted - 1}"
-        uri = f"s3://{self._bucket}/{self._key}"
-        with worded("read", uri):
-            try:
-                content, _ = read(self._bucket, self._key, Range=span, IfMatch=self._etag)
-            except client().exceptions.ClientError as error:
-                if error.response["Error"]["Code"] not in CONDITION_FAILED:
-                    raise
-                raise OSError("it was replaced while it was read; read it again") from None
-            if len(content) != wanted:
-                raise OSError(f"{wanted} bytes were asked for, {len(content)} came")
-        buffer[:wanted] = content
-        self._at += wanted
-        return wanted
-
-
 @contextmanager
 def worded(verb: str, uri: str) -> Iterator[None]:
     """Turn what boto3 raises into FileNotFoundError or StorageError; not chained, a cause's text may hold secrets."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
     except ClientError as error:
-        if verb == "read" and error.response["Error"]["Code"] in NOT_THERE:
+        code = error.response["Error"]["Code"]
+        if verb == "read" and code == NOT_THERE:
             raise FileNotFoundError(f"{redacted(uri)} expected to be there, found nothing") from None
-        raise StorageError(message(verb, uri, error, _clock_advice(error))) from None
-    except (OSError, BotoCoreError, ResponseParserError, ValueError) as error:
+        if code == NO_BUCKET:
+            found = f"bucket {uri.split('/')[2]!r} does not exist"
+            raise BucketError(message(verb, uri, found, NO_BUCKET_ADVICE)) from None
+        advice = STRANGER_ADVICE if code in WORDLESS else _clock_advice(error)
+        raise StorageError(message(verb, uri, error, advice)) from None
+    except (OSError, BotoCoreError, ResponseParserError, HTTPError, ValueError) as error:
         raise StorageError(message(verb, uri, error)) from None
 
 
-def message(verb: str, uri: str, error: Exception, advice: str = "") -> str:
+def message(verb: str, uri: str, error: Exception | str, advice: str = "") -> str:
     """Word a failure: where, why, what to do; without credentials."""
     remote = uri.startswith("s3://")
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -246,12 +230,14 @@ def _client_for(environment: tuple[tuple[str, str], ...], process: int) -> Any:
 def _damage() -> tuple[type[Exception], ...]:
     """What a body that does not arrive whole raises while it is read."""
     from botocore import exceptions
+    from urllib3.exceptions import HTTPError
 
     return (
         exceptions.IncompleteReadError,
         exceptions.ResponseStreamingError,
         exceptions.ReadTimeoutError,
         exceptions.FlexibleChecksumError,
+        HTTPError,  # boto3 lets some through, such as an error of TLS in the middle of a body
         ConnectionError,
         TimeoutError,
     )
@@ -282,12 +268,12 @@ def _has_md5(answer: dict[str, Any], bucket: str) -> bool:
 
 def _mark_of(bucket: str, key: str) -> str | None:
     try:
-        found: str | None = client().head_object(Bucket=bucket, Key=key)["Metadata"].get(WRITER)
+        found: str | None = read_answer(bucket, key)[1]["Metadata"].get(WRITER)
+        return found
     except client().exceptions.ClientError as error:
-        if error.response["Error"]["Code"] in NOT_THERE:
-            return None
-        raise
-    return found
+        if error.response["Error"]["Code"] != NOT_THERE:
+            raise
+    return None
 
 
 def pause(attempt: int, what: str, error: Exception) -> None:

@@ -20,7 +20,10 @@ IN_MEMORY_BYTES = s3.MULTIPART_BYTES
 
 
 def upload(bucket: str, key: str, content: bytes) -> str:
-    """Write a whole object or none, replacing what was there; return its ETag."""
+    """Write a whole object or none, replacing what was there; return its ETag.
+
+    Empty where it was uploaded in parts and another writer replaced it before its ETag could be asked for.
+    """
     if len(content) >= IN_MEMORY_BYTES:
         return _in_parts(bucket, key, io.BytesIO(content), hashlib.sha256(content).hexdigest())
     metadata = {SHA256: hashlib.sha256(content).hexdigest()}
@@ -40,10 +43,9 @@ def upload_file(bucket: str, key: str, path: Path) -> str:
 def describe(bucket: str, key: str) -> dict[str, Any] | None:
     """Return what boto3 says of an object (ContentLength, ETag, Metadata, LastModified); None when there is none."""
     try:
-        found: dict[str, Any] = s3.client().head_object(Bucket=bucket, Key=key)
-        return found
+        return s3.head(bucket, key)
     except s3.client().exceptions.ClientError as error:
-        if error.response["Error"]["Code"] in s3.NOT_THERE:
+        if error.response["Error"]["Code"] == s3.NOT_THERE:
             return None
         raise
 
@@ -71,7 +73,7 @@ def download(bucket: str, key: str, path: Path) -> tuple[str, os.stat_result] | 
                 return etag, facts
         except s3.client().exceptions.ClientError as error:
             # Replaced or removed between two requests: looked at again.
-            if error.response["Error"]["Code"] not in (*s3.CONDITION_FAILED, *s3.NOT_THERE):
+            if error.response["Error"]["Code"] not in (*s3.CONDITION_FAILED, s3.NOT_THERE):
                 raise
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -103,7 +105,9 @@ def _in_parts(bucket: str, key: str, file: Any, digest: str) -> str:
 
     parts = TransferConfig(multipart_threshold=IN_MEMORY_BYTES, multipart_chunksize=s3.PART_BYTES)
     s3.client().upload_fileobj(file, bucket, key, Config=parts, ExtraArgs={"Metadata": {SHA256: digest}})
-    return tag_of(s3.client().head_object(Bucket=bucket, Key=key))
+    found = describe(bucket, key)
+    ours = found is not None and found["Metadata"].get(SHA256) == digest
+    return tag_of(found) if found is not None and ours else ""
 
 
 def folders(bucket: str, prefix: str) -> list[str]:

@@ -72,7 +72,7 @@ def portable(content: Any, inside: Path) -> Any:
     if found is None:
         return content
     if isinstance(content, dict):
-        return {key: portable(value, inside) for key, value in content.items()}
+        return {portable(key, inside): portable(value, inside) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [portable(value, inside) for value in content]
     if isinstance(content, str) and content.startswith(f"{found[0]}/"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster import s3
+from cluster import s3, s3_ranges
 from cluster.errors import StorageError
 from cluster.redaction import redacted
 from cluster.s3 import aws_environment as aws_environment  # workers adopt it, see `adopt_environment`
@@ -53,7 +53,8 @@ def list_files(uri: str, suffixes: Iterable[str] | None = None) -> list[FileEntr
     """Return the files below a folder or prefix (or the one file that `uri` names), sorted by uri.
 
     `suffixes` (lower case, with the dot) keeps files so named, in any case; links out of the folder are always listed.
-    Hidden files and folders (leading dot) are left out. Nothing there is an empty list.
+    Hidden files and folders (leading dot) are left out. Nothing there is an empty list; a bucket that is not there is
+    a BucketError.
     """
     wanted = tuple(suffixes or ())
     entries = iter_files(uri)
@@ -78,7 +79,7 @@ def open_input(uri: str) -> BinaryIO:
     with _as_storage_error("read", uri):
         if not is_s3(uri):
             return _local(uri).open("rb")
-        return s3.open_seekable(*_bucket_and_key(uri))
+        return s3_ranges.open_seekable(*_bucket_and_key(uri))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -213,20 +214,14 @@ def _file_entry(path: Path) -> FileEntry:
 
 
 def _list_s3(uri: str) -> Iterator[FileEntry]:
-    from botocore.exceptions import ClientError
-
     bucket, key = _bucket_and_key(uri)
     folder = key.rstrip("/") + "/" if key else ""
     with _as_storage_error("list", uri):
-        try:
-            for item in s3.pages(bucket, key.rstrip("/")):
-                name = item["Key"]
-                hidden = any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
-                if (name == key or name.startswith(folder)) and not name.endswith("/") and not hidden:
-                    yield FileEntry(f"{S3_SCHEME}{bucket}/{name}", item["Size"], item["ETag"].strip('"'))
-        except ClientError as error:
-            if error.response["Error"]["Code"] not in s3.NOT_THERE:
-                raise
+        for item in s3.pages(bucket, key.rstrip("/")):
+            name = item["Key"]
+            hidden = any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
+            if (name == key or name.startswith(folder)) and not name.endswith("/") and not hidden:
+                yield FileEntry(f"{S3_SCHEME}{bucket}/{name}", item["Size"], item["ETag"].strip('"'))
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:

@@ -14,6 +14,6 @@ def age_s(uri: str) -> float | None:
         return None
     bucket, _, key = uri.removeprefix(storage.S3_SCHEME).partition("/")
     with s3.worded("read", uri):
-        answer = s3.client().head_object(Bucket=bucket, Key=key)
+        answer = s3.head(bucket, key)
     now = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     return (parsedate_to_datetime(now) - answer["LastModified"]).total_seconds() if now else None

@@ -29,6 +29,7 @@ from components.listings import LISTING, Seen, draft_listing, read_listing, writ
 from components.sources import MISSING_FILE, NO_CAPTION, Candidate, Listed, find_candidates
 from flows.config import Config
 from flows.console import say
+from flows.ledger import saved_listing
 from flows.prepare import SourceFiles, source_root
 
 SETTLE_S = 60.0
@@ -86,12 +87,13 @@ def look(
     At most `limit` new files are read in one look, `counts["later"]` are left for the next ones; new ones that are not
     `wanted` are never read and only counted, as "unread". `at` is the time of the look (default: now; Unix seconds).
     Whoever keeps a cursor of its own needs a `place` (folder of the workspace) of its own: a look there clears away
-    what only others' cursors name. InputError when there is no source, StorageError when it cannot be listed: a source
-    that does not answer is never taken for an empty one.
+    what only others' cursors name; in PLACE, the standing loop's, what its saved one names stays. InputError when there
+    is no source, StorageError when it cannot be listed: a source that does not answer is never taken for an empty one.
     """
     root = source_root(config)
     at = time.time() if at is None else at
-    folder = artifacts.open_workspace(config.workspace).root / place / hashlib.sha256(root.encode()).hexdigest()[:12]
+    workspace = artifacts.open_workspace(config.workspace)
+    folder = workspace.root / place / hashlib.sha256(root.encode()).hexdigest()[:12]
     previous = cursor["listing"] if cursor is not None and cursor.get("source") == root else ""
     found = Look(SourceFiles(_base(root), _environment(root)), {item.sha256 for item in parent.items}, limit, wanted)
     stage.fetch(folder / f"{previous}.parquet")
@@ -104,7 +106,7 @@ def look(
             _read(found)
             _keep(found, draft, folder / f"{digest}.parquet")
             stage.keep(folder / f"{digest}.parquet")
-        _clear(folder, {digest, previous})
+        _clear(folder, {digest, previous, saved_listing(workspace) if place == PLACE else ""})
     except OSError as error:
         raise StorageError(artifacts.disk_message(folder, error)) from error
     looked_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))

@@ -60,9 +60,10 @@ class Follower:
     def write_record(self, url: str, pid: int, version: int | None) -> dict[str, Any]:
         """Write down who serves what, and since when."""
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.record = {"url": url, "pid": pid, "model_version": version, "since": since}
-        write_json_atomic(self._workspace.root / ENDPOINT, self.record)
-        return self.record
+        record = {"url": url, "pid": pid, "model_version": version, "since": since}
+        write_json_atomic(self._workspace.root / ENDPOINT, record)
+        self.record = record  # only now: what could not be written is written at the next look
+        return record
 
     def look(self, status: dict[str, Any]) -> None:
         """Compare aliases, what is written and what `status` (of /readyz) says; what cannot be had now is told once.

@@ -139,6 +139,11 @@ def look_at(workspace: Workspace) -> State:
     return _read(peek_fenced(state_uri(workspace)))
 
 
+def saved_listing(workspace: Workspace) -> str:
+    """Return the listing that the saved cursor names, where a loop that is killed now goes on; empty without one."""
+    return str((look_at(workspace).cursor or {}).get("listing", ""))
+
+
 def _read(value: Any) -> State:
     try:
         state = State(**(value or {}))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from cluster import artifacts, stage, storage
 from cluster.artifacts import Workspace
 from cluster.carry import Carry
+from cluster.errors import BucketError
 from cluster.redaction import redacted
 from cluster.session import local_session
 from cluster.shards import ActorPool, map_blocks
@@ -185,11 +186,14 @@ def source_root(config: Config) -> str:
             f"data.source expected a folder, s3://bucket/prefix or emblems://WORLD, found {redacted(text)!r}"
         )
     root = text.rstrip("/") if storage.is_s3(text) else str(Path(text).expanduser().absolute())
-    if not storage.exists(root):
-        raise InputError(
-            f"data.source expected captioned pictures at {redacted(text)!r}, found nothing there; check the path"
-        )
-    return root
+    try:
+        if storage.exists(root):
+            return root
+    except BucketError as error:
+        raise InputError(f"data.source expected captioned pictures at {redacted(text)!r}, found: {error}") from error
+    raise InputError(
+        f"data.source expected captioned pictures at {redacted(text)!r}, found nothing there; check the path"
+    )
 
 
 def _can_be_written(entry: storage.FileEntry) -> bool:

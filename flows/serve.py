@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from cluster import stage, storage
 from cluster.api_keys import check_exposure, is_loopback
 from cluster.artifacts import Workspace, finished, open_workspace, read_json, write_json_atomic
 from cluster.carry import Carry
-from cluster.errors import EndpointError, PlacementError, RegistryError
+from cluster.errors import EndpointError, LeaseLostError, PlacementError, RegistryError, StorageError
 from cluster.lease import Lease, describe, hold_lease, process_is, read_lease
 from cluster.placement import ServeSection
 from cluster.registry import CHAMPION, Registry, Version
@@ -140,25 +141,35 @@ def _serve_here(config: Config, workspace: Workspace) -> dict[str, Any]:
             except KeyboardInterrupt:
                 say("ending: drawings at work are finished first")
             finally:
-                remove_record(workspace, os.getpid())
+                with suppress(StorageError):  # the lease ends too, so what stays there fools nobody
+                    remove_record(workspace, os.getpid())
     return follower.record
 
 
 def _watch(url: str, confirm: Any, follower: "Follower", every_s: float) -> None:
     """Wait for ever, as long as the endpoint answers and the lease is ours; follow the champion meanwhile."""
-    answered = time.monotonic()
+    silent: float | None = None
+    away = False
     while True:
         time.sleep(every_s)
-        confirm()
         status = readiness(url)
-        if status is not None:
-            answered = time.monotonic()
-            follower.look(status)
-        elif time.monotonic() - answered > UNREACHABLE_LIMIT_S:
+        silent = None if status is not None else silent or time.monotonic()
+        if silent is not None and time.monotonic() - silent > UNREACHABLE_LIMIT_S:
             raise EndpointError(
                 f"endpoint expected to answer at {url}, found no answer for {UNREACHABLE_LIMIT_S:.0f} s: Ray or the"
                 " replica is gone; start it again with: fresco serve"
             )
+        try:
+            confirm()
+            if status is not None:
+                follower.look(status)
+            away = False
+        except LeaseLostError:
+            raise
+        except StorageError as error:  # drawing needs none: told once, until it answers again
+            if not away:
+                say(f"the endpoint goes on drawing, and follows no champion until the workspace answers: {error}")
+            away = True
 
 
 def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""What arrived, frozen: a look at the source as one file. A cycle works on the same arrivals whenever it goes on."""
+"""What arrived, frozen: a look at the source as one file. A cycle works on the same arrivals whenever it goes on.
+
+So what is frozen once stays: the file is created or left alone. A loop that was killed before it noted the stage finds
+what it froze, and one that lost its lease and does not know it yet cannot replace what its heir froze.
+"""
 
 import json
 from dataclasses import asdict
@@ -12,11 +16,10 @@ from components.listings import Seen
 from components.sources import Candidate
 
 
-def freeze(workspace: Workspace, cycle: str, arrivals: Arrivals) -> str:
-    """Write the arrivals of a cycle; return the address."""
-    uri = address(workspace, cycle)
-    storage.write_bytes_atomic(uri, json.dumps(asdict(arrivals), ensure_ascii=False).encode())
-    return uri
+def freeze(workspace: Workspace, cycle: str, arrivals: Arrivals) -> Arrivals:
+    """Write the arrivals of a cycle unless it has some; return those that it has now."""
+    content = json.dumps(asdict(arrivals), ensure_ascii=False).encode()
+    return arrivals if storage.put_if_absent(address(workspace, cycle), content) else thaw(workspace, cycle)
 
 
 def thaw(workspace: Workspace, cycle: str) -> Arrivals:

@@ -76,7 +76,7 @@ def take_snapshot(desk: Desk) -> dict[str, Any]:
     if found is None:
         return {"parent": parent.id, "new": 0}
     desk.ledger.confirm()
-    snapshot.freeze(desk.workspace, desk.cycle.id, found)
+    found = snapshot.freeze(desk.workspace, desk.cycle.id, found)
     return {"parent": parent.id, "new": new_images(found), "counts": found.counts, "source": found.cursor["source"]}
 
 

@@ -40,6 +40,11 @@ WRONG_CLOCK = "wrong_clock"
 """403 RequestTimeTooSkewed with a Date of three hours ago."""
 CONFLICT = "conflict"
 """409 ConditionalRequestConflict."""
+NOT_FOUND = "not_found"
+"""404 of a proxy before the server that knows no such route: its own words, no XML; the request is not passed on."""
+UNCONDITIONAL = "unconditional"
+"""The request is passed on without its conditions, as by a server that does not know them."""
+CONDITIONS = ("if-none-match", "if-match")
 HOP_HEADERS = ("connection", "transfer-encoding", "content-length", "date", "server", "keep-alive")
 SKEW_S = 3 * 3600
 
@@ -140,6 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(409, "ConditionalRequestConflict", "A conflicting conditional operation is in progress.")
         elif fault == WRONG_CLOCK:
             self._error(403, "RequestTimeTooSkewed", "The difference between the request time and the current time is")
+        elif fault == NOT_FOUND:
+            content = b"default backend - 404"
+            self._head(404, [("Content-Type", "text/plain"), ("Content-Length", str(len(content)))], time.time())
+            self.wfile.write(content if self.command != "HEAD" else b"")
         elif fault == RESET:
             self._break()
         elif fault == HANG:
@@ -149,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.network.before_passing_on is not None:
                 self.network.before_passing_on(request)
             with self.one:
-                status, headers, content = self._pass_on(body)
+                status, headers, content = self._pass_on(body, without=CONDITIONS if fault == UNCONDITIONAL else ())
             if fault == LOST_ANSWER:
                 self._break()
             else:
@@ -157,12 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer
 
-    def _pass_on(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _pass_on(self, body: bytes, without: tuple[str, ...]) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = HTTPConnection(*self.behind, timeout=60)
         try:
-            headers = {
-                name: value for name, value in self.headers.items() if name.lower() not in ("expect", "connection")
-            }
+            left_out = ("expect", "connection", *without)
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
             connection.request(self.command, self.path, body, headers)
             answer: HTTPResponse = connection.getresponse()
             return answer.status, answer.getheaders(), answer.read()

@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from cluster import lease as leases
-from cluster import storage
+from cluster import s3, storage
 from cluster.errors import LeaseLostError, StorageError
 from cluster.fencing import peek_fenced, read_fenced, write_fenced
 from cluster.lease import Lease, hold_lease, is_alive, process_is, read_lease
 from cluster.processes import start_ticks
-from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, Network, Rule
+from tests.faults import LOST_ANSWER, RESET, SLOW_DOWN, UNCONDITIONAL, Network, Rule
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120
@@ -262,6 +262,33 @@ def test_lease_survives_a_network_that_breaks_and_its_own_lost_answers(bucket: s
             confirm()
         s3_network.plan()
         assert confirm().token == 1, "an outage ends no lease that nobody took"
+
+
+def test_a_server_that_ignores_conditions_is_refused_before_a_lease_is_claimed(
+    bucket: str, s3_network: Network
+) -> None:
+    s3_network.plan(Rule(UNCONDITIONAL, 1000, "PUT"))
+    missing = (
+        r"retrain\.epochs expected on a server that honours .* it ignores If-None-Match and If-Match: .*two processes"
+    )
+    for _ in range(2):
+        with pytest.raises(StorageError, match=missing), hold_lease(f"{bucket}/retrain", "x"):
+            pass
+    s3_network.plan()
+    everything = s3.client().list_objects_v2(Bucket=bucket.removeprefix("s3://"))
+    assert everything["KeyCount"] == 0, "no lease, and nothing left of the trial"
+
+
+def test_conditions_are_tried_once_for_a_bucket_and_through_a_network_that_breaks(
+    bucket: str, s3_network: Network
+) -> None:
+    s3_network.plan(Rule(LOST_ANSWER, 2, "PUT .*conditional"), Rule(RESET, 1, "PUT .*conditional"))
+    for name in ("retrain", "other"):
+        with hold_lease(f"{bucket}/{name}", "x") as confirm:
+            assert confirm().token == 1
+    tried = [request for request in s3_network.seen if ".conditional-" in request]
+    assert len(s3_network.struck) == 3 and len({request.split("?")[0].split(" ")[1] for request in tried}) == 1
+    assert not [key for key in storage.list_files(bucket) if "conditional" in key.uri]
 
 
 @pytest.mark.parametrize("chaos", [False, True], ids=["undisturbed", "killed and stopped"])

@@ -3,20 +3,25 @@
 Never other bytes, never half an object, never a secret in a message.
 """
 
+import io
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import boto3
 import pytest
+from botocore.response import StreamingBody
+from urllib3.exceptions import SSLError
 
 from cluster import s3, storage
-from cluster.errors import StorageError
+from cluster.errors import BucketError, StorageError
 from tests.faults import (
     CONFLICT,
     FLIP,
     HANG,
     LOST_ANSWER,
+    NOT_FOUND,
     RESET,
     SHORTEN,
     SLOW_DOWN,
@@ -89,6 +94,33 @@ def test_a_read_whose_faults_do_not_end_fails_after_bounded_attempts_and_says_wh
     assert len(s3_network.seen) == s3.MAX_ATTEMPTS
 
 
+@pytest.mark.parametrize("times", [2, s3.MAX_ATTEMPTS])
+def test_a_tls_error_in_the_middle_of_a_body_is_tried_again_and_then_said(stored: str, times: int) -> None:
+    """As urllib3 raises it, and boto3 lets it through: no OSError and no error of boto3."""
+    left = [SSLError("[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]")] * times
+
+    class Torn(io.BytesIO):
+        def read(self, amount: int | None = None) -> bytes:
+            raise left.pop()
+
+    def tear(parsed: dict[str, Any], **_: object) -> None:
+        if left:
+            parsed["Body"].close()
+            parsed["Body"] = StreamingBody(Torn(), len(CONTENT))
+
+    events = s3.client().meta.events
+    events.register("after-call.s3.GetObject", tear)
+    try:
+        if times < s3.MAX_ATTEMPTS:
+            assert storage.read_bytes(stored) == CONTENT
+        else:
+            with pytest.raises(StorageError, match=rf"could not read {stored} at http.*DECRYPTION_FAILED.*network"):
+                storage.read_bytes(stored)
+    finally:
+        events.unregister("after-call.s3.GetObject", tear)
+    assert left == []
+
+
 def test_an_answer_that_never_comes_is_asked_for_again(short_timeouts: None, stored: str, s3_network: Network) -> None:
     s3_network.hang_s = 6.0
     s3_network.plan(Rule(HANG, 1, "GET .*picture"))
@@ -129,6 +161,36 @@ def test_a_listing_that_is_cut_short_in_its_text_is_refused_not_taken_for_fewer_
     s3_network.plan(Rule(SHORTEN, 1000, "GET .*list-type"))
     with pytest.raises(StorageError, match=f"could not list {bucket}/set"):
         storage.list_files(f"{bucket}/set")
+
+
+def test_a_404_that_is_not_s3s_own_is_an_error_and_never_nothing_there(stored: str, s3_network: Network) -> None:
+    """As an ingress answers while the server behind it is replaced: "default backend - 404"."""
+    _, tag = storage.read_tagged(stored)
+    s3_network.plan(Rule(NOT_FOUND, 1000))
+    folder = stored.rpartition("/")[0]
+    for ask in (
+        lambda: storage.read_bytes(stored),
+        lambda: storage.open_input(stored),
+        lambda: storage.list_files(folder),
+        lambda: storage.exists(folder),
+        lambda: storage.replace_if(stored, b"new", tag),
+    ):
+        with pytest.raises(StorageError, match=r"404.*not S3 but something before it said so: check AWS_ENDPOINT_URL"):
+            ask()
+    s3_network.plan(Rule(NOT_FOUND, 1, "HEAD"))
+    with storage.open_input(stored) as file:
+        assert file.read() == CONTENT
+    storage.write_bytes_atomic(stored, b"")
+    s3_network.plan(Rule(NOT_FOUND, 1, "HEAD"))
+    with storage.open_input(stored) as file:
+        assert file.read() == b"", "an object of no bytes is there too"
+
+
+def test_a_bucket_that_does_not_exist_is_said_and_is_no_empty_one(bucket: str) -> None:
+    nowhere = f"{bucket}-typo"
+    for ask in (storage.list_files, storage.exists, storage.read_bytes, storage.open_input, storage.read_tagged):
+        with pytest.raises(BucketError, match=rf"{nowhere}/x at .*bucket '{nowhere[5:]}' does not exist; create it"):
+            ask(f"{nowhere}/x")
 
 
 def test_the_writer_whose_answer_was_lost_learns_that_it_won(bucket: str, s3_network: Network) -> None:

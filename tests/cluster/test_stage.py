@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import event_lines, stage, stage_names, storage, whole_folders
+from cluster import event_lines, s3, s3_files, stage, stage_names, storage, whole_folders
 from cluster.artifacts import (
     append_journal,
     finished,
@@ -20,7 +20,7 @@ from cluster.artifacts import (
     write_record,
 )
 from cluster.errors import PlacementError, StorageError
-from tests.faults import FLIP, LOST_ANSWER, RESET, SHORTEN, SLOW_DOWN, TRUNCATE, WRONG_CLOCK, Network, Rule
+from tests.faults import FLIP, LOST_ANSWER, NOT_FOUND, RESET, SHORTEN, SLOW_DOWN, TRUNCATE, WRONG_CLOCK, Network, Rule
 from tests.machines import Machines
 
 
@@ -42,6 +42,15 @@ def test_a_local_workspace_is_what_it_was(tmp_path: Path) -> None:
     assert workspace.place("locks", "x") == str(workspace.root / "locks" / "x")
     write_json_atomic(workspace.root / "a.json", {})
     assert [path.name for path in workspace.root.iterdir()] == ["a.json"]
+
+
+def test_paths_of_a_stage_are_addresses_in_what_other_machines_read_as_keys_too(machines: Machines) -> None:
+    workspace = machines.be("first")
+    pipeline = str(workspace.run_dir("r") / "pipeline")
+    append_journal(workspace, "retire", versions=[1], deleted={pipeline: 5}, kept=[pipeline])
+    (line,) = read_journal(machines.be("second"))
+    address = f"{machines.uri}/runs/r/pipeline"
+    assert (line["deleted"], line["kept"]) == ({address: 5}, [address])
 
 
 def test_a_prefix_that_no_folder_can_be_named_after_is_refused(bucket: str) -> None:
@@ -130,13 +139,33 @@ def test_an_object_that_was_damaged_in_the_bucket_is_refused(machines: Machines)
     path = workspace.root / "reports" / "page.html"
     write_bytes_atomic(path, b"as it was")
     address = str(stage.address_of(path))
-    from cluster import s3
-
     name, _, key = address.removeprefix("s3://").partition("/")
     metadata = s3.client().head_object(Bucket=name, Key=key)["Metadata"]
     s3.client().put_object(Bucket=name, Key=key, Body=b"as it is ", Metadata=metadata)
     with pytest.raises(StorageError, match="what came differs from what was uploaded"):
         stage.fetch(machines.be("second").root / "reports" / "page.html")
+
+
+def test_a_404_that_is_not_s3s_own_takes_nothing_away_here(machines: Machines, s3_network: Network) -> None:
+    workspace = machines.be("only")
+    path = workspace.root / "reports" / "page.html"
+    write_bytes_atomic(path, b"as it was")
+    append_journal(workspace, "dataset")
+    s3_network.plan(Rule(NOT_FOUND, 1000))
+    for ask in (
+        lambda: stage.fetch(path),
+        lambda: stage.fetch_tree(path.parent),
+        lambda: stage.changed_at(path),
+        lambda: stage.folders(workspace.root),
+        lambda: read_journal(workspace),
+        lambda: read_record(path.parent),
+    ):
+        with pytest.raises(StorageError, match=r"404.*not S3 but something before it said so"):
+            ask()
+    assert path.read_bytes() == b"as it was"
+    s3_network.plan(Rule(NOT_FOUND, 1, "HEAD"))
+    assert stage.fetch(path) and s3_network.struck, "a HEAD alone proves nothing"
+    assert not stage.fetch(path.with_name("none.html"))
 
 
 def test_a_wrong_clock_is_named(machines: Machines, s3_network: Network) -> None:
@@ -283,8 +312,6 @@ def test_a_log_that_grew_here_is_not_replaced_by_its_older_copy(machines: Machin
 def test_a_large_file_travels_in_parts_and_is_compared(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, s3_network: Network
 ) -> None:
-    from cluster import s3, s3_files
-
     monkeypatch.setattr(s3_files, "IN_MEMORY_BYTES", 5 * 2**20)
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     content = bytes(range(251)) * 50_000
@@ -298,3 +325,24 @@ def test_a_large_file_travels_in_parts_and_is_compared(
     s3_network.plan(Rule(FLIP, 1, "GET .*big.bin"))
     assert stage.fetch(other) and other.read_bytes() == content
     assert s3_network.struck == [FLIP]
+
+
+def test_an_upload_in_parts_that_another_replaced_at_once_is_not_taken_for_what_is_there(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, s3_network: Network
+) -> None:
+    monkeypatch.setattr(s3_files, "IN_MEMORY_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    path = machines.be("first").root / "big.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"ours" * 2**21)
+    bucket, _, key = str(stage.address_of(path)).removeprefix("s3://").partition("/")
+
+    def overtake(request: str) -> None:
+        if request.startswith("HEAD"):
+            s3_network.before_passing_on = None
+            s3_files.upload(bucket, key, b"theirs")
+
+    s3_network.before_passing_on = overtake
+    stage.keep(path)
+    assert s3_network.before_passing_on is None
+    assert stage.fetch(path) and path.read_bytes() == b"theirs"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import storage
-from cluster.errors import StorageError
+from cluster.errors import BucketError, StorageError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -134,9 +134,12 @@ def test_files_are_listed_in_the_order_of_their_whole_names(root: str) -> None:
     assert listed == sorted(names)
 
 
-def test_a_missing_bucket_does_not_exist(bucket: str) -> None:
-    assert not storage.exists("s3://no-such-bucket/folder")
-    with pytest.raises(StorageError, match="could not write s3://no-such-bucket/a"):
+def test_a_missing_bucket_is_said_and_neither_an_empty_one_nor_written_to(bucket: str) -> None:
+    with pytest.raises(
+        BucketError, match=r"could not list s3://no-such-bucket/folder .*'no-such-bucket' does not exist"
+    ):
+        storage.exists("s3://no-such-bucket/folder")
+    with pytest.raises(BucketError, match=r"could not write s3://no-such-bucket/a .*'no-such-bucket' does not exist"):
         storage.write_bytes_atomic("s3://no-such-bucket/a", b"x")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cluster import artifacts, storage
 from cluster.errors import StorageError
+from cluster.fencing import write_fenced
 from components import arrivals as rules
 from components.arrivals import Arrivals
 from components.dataset import SPLITS, DatasetVersion
@@ -21,9 +22,10 @@ from components.errors import DataError, InputError
 from components.images import to_png
 from components.listings import LISTING
 from flows import prepare
-from flows.arrivals import look
+from flows.arrivals import PLACE, look
 from flows.config import Config, load_config
 from flows.grow import grow
+from flows.ledger import state_uri
 from tests.faults import RESET, SHORTEN, SLOW_DOWN, TRUNCATE, Network, Rule
 
 pytestmark = pytest.mark.usefixtures("examined_here")
@@ -161,6 +163,22 @@ def test_a_lost_cursor_costs_one_look_and_a_cursor_of_another_source_counts_as_l
     for cursor in (None, {**found.cursor, "source": "s3://elsewhere"}, {**found.cursor, "listing": "0" * 24}):
         assert names(look(config, parent, cursor, SETTLE_S, at=2000).new) == []
     assert names(look(config, parent, look(config, parent, None, SETTLE_S, at=2000).cursor, SETTLE_S, at=3000).new)
+
+
+def test_looks_that_nobody_saved_leave_the_listing_where_a_killed_loop_goes_on(tmp_path: Path, source: str) -> None:
+    """The loop looks, the monitor or the patient loop looks once more, and the process dies before it saves."""
+    config = config_of(tmp_path, source)
+    parent = made(config, source)
+    workspace = artifacts.open_workspace(config.workspace)
+    put(source, 100)
+    saved = look(config, parent, None, SETTLE_S, at=1000).cursor
+    write_fenced(state_uri(workspace), {"cursor": saved}, 1)
+    cursor = saved
+    for turn in range(4):
+        put(source, 101 + turn)
+        cursor = look(config, parent, cursor, SETTLE_S, at=1001 + turn).cursor
+    assert names(look(config, parent, saved, SETTLE_S, at=1000 + SETTLE_S).new) == ["100.png"]
+    assert len(list((workspace.root / PLACE).rglob("*.parquet"))) == 2, "what no cursor names is cleared away"
 
 
 def test_more_than_a_look_may_read_comes_in_the_looks_after_it(tmp_path: Path, source: str) -> None:

@@ -5,8 +5,11 @@ import time
 from functools import partial
 from typing import Any
 
+import pytest
+
 from cluster.artifacts import open_workspace, read_json
 from cluster.champion import set_challenger
+from cluster.errors import StorageError
 from cluster.metric_files import MetricFiles, metrics_folder
 from cluster.registry import CHALLENGER, Registry
 from cluster.serve_metrics import ServeMetrics
@@ -40,6 +43,23 @@ def test_new_champion_is_written_down_and_recorded_once_the_endpoint_draws_with_
     assert read_json(record) == before, "not before the endpoint says so"
     follower.look(status(second))
     assert read_json(record) == {**before, "model_version": second, "since": read_json(record)["since"]}
+
+
+def test_record_that_could_not_be_written_is_written_at_the_next_look(config: Config, make_run) -> None:
+    make_run("fresco-aaa", 0)
+    make_run("fresco-bbb", 1)
+    first = set_champion(config, "fresco-aaa")
+    record = open_workspace(config.workspace).root / ENDPOINT
+    follower = Follower(config, open_workspace(config.workspace), resolve_model(config, "models:/fresco@champion"))
+    follower.write_record("http://127.0.0.1:9", 42, first)
+    second = set_champion(config, "fresco-bbb")
+    record.unlink()
+    record.mkdir()  # nothing can take its place
+    with pytest.raises(StorageError, match=r"endpoint\.json"):
+        follower.look(status(second))
+    record.rmdir()
+    follower.look(status(second))
+    assert read_json(record)["model_version"] == second
 
 
 def test_record_moves_once_when_the_last_of_several_replicas_draws_with_the_new_version(

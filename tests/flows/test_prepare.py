@@ -237,6 +237,15 @@ def test_a_source_that_holds_nothing_usable_is_refused_before_anything_is_writte
     assert not Path(config.workspace).exists()
 
 
+def test_a_bucket_that_does_not_exist_is_named_as_what_is_wrong(bucket: str, tmp_path: Path) -> None:
+    found = (
+        r"data\.source expected captioned pictures at 's3://no-such-bucket/set', found: .*bucket 'no-such-bucket' does"
+    )
+    with pytest.raises(InputError, match=found + " not exist; create it, or correct the name"):
+        prepare.ensure_dataset(config_of(tmp_path, "s3://no-such-bucket/set"))
+    assert not Path(config_of(tmp_path, "x").workspace).exists()
+
+
 def test_another_scheme_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a folder, s3://bucket/prefix or emblems://WORLD, found 'gs://b'"):
         prepare.ensure_dataset(config_of(tmp_path, "gs://b"))

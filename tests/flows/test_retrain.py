@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from cluster.fencing import write_fenced
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, Registry
 from components.evidence import Served
-from flows import arrivals, findings, prepare, promote, retrain, snapshot
+from flows import arrivals, findings, prepare, promote, retrain, snapshot, stages
 from flows.config import Config, load_config, with_overrides
-from flows.ledger import Ledger, State, asked_uri, lease_place, look_at, state_uri
+from flows.ledger import Cycle, Ledger, State, asked_uri, lease_place, look_at, state_uri
 from tests.loop_world import arrive, crown, loop_config, write_config
 from tests.servers import free_port
 
@@ -118,6 +119,21 @@ def test_arrivals_of_a_refused_attempt_are_no_reason_again(served: Config) -> No
     ]
     arrive(source_of(served), "drifted", 50, 9)
     assert "9 new pictures (12 more" in retrain.run(served, once=True)["trigger"]["reasons"][0]
+
+
+def test_what_a_cycle_froze_stays_also_when_its_loop_was_killed_or_replaced(served: Config) -> None:
+    workspace = open_workspace(served.workspace)
+    arrive(source_of(served), "drifted", 0, 12)
+    with hold_lease(lease_place(workspace), "test", wait_s=5) as confirm:
+        book = Ledger(workspace, confirm)
+        cycle = Cycle(id="cycle-0001", turn=1, began=0.0, trigger={}, champion_before=1)
+        first = stages.take_snapshot(stages.Desk(served, book, cycle))
+        arrive(source_of(served), "drifted", 50, 9)
+        again = stages.take_snapshot(stages.Desk(served, book, cycle))  # killed before it saved, the loop comes again
+    assert again == first and first["new"] == 12
+    frozen = snapshot.thaw(workspace, "cycle-0001")
+    assert snapshot.freeze(workspace, "cycle-0001", replace(frozen, new=())) == frozen, "as a late holder would"
+    assert snapshot.thaw(workspace, "cycle-0001") == frozen and len(frozen.new) == 12
 
 
 def test_champion_whose_data_is_gone_and_a_source_that_went_away_are_told_and_nothing_is_lost(served: Config) -> None:

@@ -2,27 +2,35 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from cluster.artifacts import open_workspace
+from cluster import s3, storage
+from cluster.artifacts import open_workspace, write_record
 from cluster.champion import move_champion
 from cluster.errors import EndpointError, PlacementError, RegistryError
 from cluster.lease import hold_lease, process_is, read_lease
 from cluster.registry import TAG_MODEL_FINGERPRINT, Registry
 from cluster.serving import readiness
+from cluster.whole_folders import keep_whole
 from flows import generate, serve, status, verify
 from flows.config import Config, with_overrides
 from flows.generate import Wish
 from flows.models import resolve_model
+from tests.faults import RESET, Network, Rule
+from tests.machines import Machines
 
 
 def set_champion(config: Config, run_id: str) -> int:
@@ -138,6 +146,81 @@ def test_server_that_lost_its_lease_leaves_its_successors_record(
         with pytest.raises(EndpointError, match="taken over"):
             serve.run(config)
         assert record.exists() is stays
+
+
+@pytest.fixture
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The client asks S3 once: the pauses between attempts would be waited for at every look."""
+    monkeypatch.setattr(s3, "MAX_ATTEMPTS", 1)
+    s3._client_for.cache_clear()
+    yield
+    s3._client_for.cache_clear()
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["back", "away to the end"])
+def test_storage_that_is_away_is_told_once_and_ends_no_endpoint(
+    back: bool,
+    config: Config,
+    one_attempt: None,
+    machines: Machines,
+    s3_network: Network,
+    tiny_pipelines: dict[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workspace, tracking = machines.be("one"), f"sqlite:///{tmp_path / 'workspace' / 'mlflow.db'}"
+    changes = {"placement.tracking_uri": tracking, "serve.follow_s": 0.1}
+    on_s3 = with_overrides(config.model_copy(update={"workspace": machines.uri}), changes)
+    run = workspace.run_dir("fresco-aaa")
+    shutil.copytree(tiny_pipelines[0], run / "pipeline")
+    keep_whole(run / "pipeline")
+    write_record(run, {"pipeline": "pipeline"})
+    found, registry = resolve_model(on_s3, "fresco-aaa"), Registry(workspace, tracking)
+    number = registry.register("fresco", found.directory, {TAG_MODEL_FINGERPRINT: found.fingerprint}).number
+    move_champion(registry, "fresco", number)
+    looks: list[str] = []
+
+    class Ready(BaseHTTPRequestHandler):
+        """Draws on whatever the storage does, as replicas do; breaks and mends the network, then ends this process."""
+
+        def do_GET(self) -> None:
+            looks.append(self.path)
+            if len(looks) == 2:
+                s3_network.plan(Rule(RESET, 10**6))
+            if len(looks) == 5 and back:
+                s3_network.plan()
+            if len(looks) == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            content = json.dumps({"status": "ready", "error": "", "model_version": number}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    @contextmanager
+    def started(*arguments: object) -> Iterator[str]:
+        with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{server.server_address[1]}"
+            finally:
+                server.shutdown()
+                thread.join()
+
+    monkeypatch.setattr(serve, "endpoint", started)
+    assert serve.run(on_s3)["model_version"] == number
+    told = capsys.readouterr().err
+    assert len(looks) == 7 and told.count("goes on drawing") == 1 and "ending: drawings at work" in told
+    if back:
+        assert any("PUT" in request and "endpoint.lock.epochs" in request for request in s3_network.seen)
+    s3_network.plan()
+    assert storage.exists(f"{machines.uri}/endpoint.json") is not back, "what a dead server left fools nobody"
+    assert serve.endpoint_of(workspace) is None or not back
 
 
 def test_detached_server_that_cannot_start_shows_the_end_of_its_log(config: Config, make_run) -> None:
