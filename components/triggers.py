@@ -2,7 +2,8 @@
 
 Each trigger (schedule, number of new pictures, drift, decay, by hand, no champion yet) speaks for itself; all that
 speak are kept. Then whatever holds a retraining back: nothing new to learn from, data that a refused attempt had
-already, the cool-down, the budget. A `wait` says as much as a `retrain`. Pure: no clock, no file is read here.
+already, too little that the gate could judge by, the cool-down, the budget. A `wait` says as much as a `retrain`. Pure:
+no clock, no file is read here.
 """
 
 import math
@@ -10,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components import schedule
+from components.enough import Enough
 from components.standing import RetrainSection
 
 RETRAIN, WAIT = "retrain", "wait"
 DRIFTED = "drift"
 FIRST, SCHEDULE, NEW_IMAGES, DRIFT, DECAY, MANUAL = "first_start", "schedule", "new_images", "drift", "decay", "manual"
-NOTHING_NEW, REFUSED, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
+NOTHING_NEW, REFUSED, TOO_FEW, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
     "nothing_new",
     "refused_before",
+    "too_few_pictures",
     "cooldown",
     "budget_steps",
     "budget_gpu_hours",
@@ -72,6 +75,8 @@ class Evidence:
     """Arrivals that the champion's dataset lacks."""
     refused_images: int = 0
     """Of those, the ones that an attempt had which was refused or rolled back."""
+    enough: Enough | None = None
+    """Whether the gate could judge what is trained on them; None: nothing is compared, or nobody looked."""
     last_tick: float = 0.0
     """Up to when the schedule's ticks were heeded."""
     last_ended: float | None = None
@@ -133,7 +138,7 @@ def decide(evidence: Evidence, section: RetrainSection) -> Decision:
         (spoken if speaks else quiet).append(reason)
     held = _holds(evidence, section, {reason.kind for reason in spoken})
     verdict = RETRAIN if spoken and not held else WAIT
-    useless = {NOTHING_NEW, REFUSED} & {reason.kind for reason in held}
+    useless = {NOTHING_NEW, REFUSED, TOO_FEW} & {reason.kind for reason in held}
     heed_tick = verdict == RETRAIN or bool(useless)  # cool-down and budget keep a tick due
     return Decision(verdict, tuple(spoken), tuple(held), tuple(quiet), heed_tick)
 
@@ -210,8 +215,9 @@ def _holds(evidence: Evidence, section: RetrainSection, spoken: set[str]) -> lis
         held.append(Reason(SOURCE, evidence.problem))
     elif not first and not by_hand and evidence.new_images == 0:
         held.append(Reason(NOTHING_NEW, "nothing arrived that the champion's data lacks", {"new": 0}))
-    elif not first and not by_hand and NEW_IMAGES not in spoken:
-        held += _refused(evidence)
+    elif not first and not by_hand:
+        held += _refused(evidence) if NEW_IMAGES not in spoken else []
+        held += _too_few(evidence.enough) if not held else []
     if not by_hand:
         held += cooldown(evidence, section.cooldown_s)
     return held + _budget(evidence, section)
@@ -228,6 +234,14 @@ def _refused(evidence: Evidence) -> list[Reason]:
     if evidence.fresh_images:
         text += f"; it is tried again when {math.ceil(least)} others are there"
     return [Reason(REFUSED, text, {"new": evidence.new_images, "fresh": evidence.fresh_images, "least": least})]
+
+
+def _too_few(enough: Enough | None) -> list[Reason]:
+    """A training that the gate could not judge is in vain."""
+    if enough is None or not enough.problem:
+        return []
+    numbers = {"new": enough.pictures, "test": enough.tests, "train": enough.trains, "least": enough.least}
+    return [Reason(TOO_FEW, enough.problem, {**numbers, "unsorted": enough.unsorted})]
 
 
 def cooldown(evidence: Evidence, cooldown_s: float) -> list[Reason]:

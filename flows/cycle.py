@@ -16,7 +16,7 @@ from cluster.registry import CHAMPION
 from cluster.reigns import was_rolled_back
 from cluster.session import local_session
 from components.errors import DataError, InputError, NonFiniteError
-from components.triggers import RETRAIN, Decision
+from components.triggers import RETRAIN, WAIT, Decision
 from flows import rollback
 from flows.config import Config
 from flows.console import say, step
@@ -112,7 +112,7 @@ def _end(desk: Desk) -> dict[str, Any]:
     """Decide from what the stages returned; a new champion that must not stay is rolled back here, once."""
     ended = next((result for result in desk.cycle.stages.values() if "ends" in result), None)
     if ended is not None:
-        return _finish(desk, ended["ends"], ended["reasons"], again=False)
+        return _finish(desk, ended["ends"], ended["reasons"], again=ended["ends"] == WAIT)
     version = desk.result("gate")["version"]
     verdict = next((r for r in reversed(desk.cycle.stages.values()) if r.get("watch") == ROLL_BACK), None)
     if verdict is None and was_rolled_back(read_journal(desk.workspace), desk.config.name, version):

@@ -24,6 +24,7 @@ from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldow
 from flows import arrivals, snapshot
 from flows.config import Config
 from flows.console import say
+from flows.enough import count_look
 from flows.ledger import BY_HAND, PROMOTED, Ledger, State, asked_uri
 
 CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
@@ -68,12 +69,13 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
         parent = parent_of(config, workspace, champion)
         seen = look_at_source(config, ledger, parent, patient)
         had = refused_before(workspace, state, parent)
+        enough = count_look(config, workspace, (champion, parent), seen, state.short) if seen is not None else None
     except (InputError, DataError, StorageError) as error:
         return Findings(replace(evidence, problem=str(error)), champion, None, None, request=request)
     if seen is None:
         return Findings(evidence, champion, parent, None, request=request)
     refused = sum(one.pictures for one in seen.new if snapshot.key_of(one) in had)
-    evidence = replace(evidence, new_images=new_images(seen), refused_images=refused)
+    evidence = replace(evidence, new_images=new_images(seen), refused_images=refused, enough=enough)
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
     drift = measure_drift(config, seen) if config.retrain.on_drift else None

@@ -69,6 +69,8 @@ class State:
     """Steps and GPU hours of cycles: {cycle, at, steps, gpu_hours}."""
     refused: list[dict[str, Any]] = field(default_factory=list)
     """Attempts that must not be made again: {cycle, parent, new, run_id, dataset, reasons}."""
+    short: dict[str, Any] | None = None
+    """The last cycle that ended to wait for more pictures, and what it counted: {cycle, parent, fractions, splits}."""
 
 
 class Ledger:

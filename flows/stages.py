@@ -16,12 +16,14 @@ from cluster.registry import CHAMPION, Registry
 from cluster.reigns import PROMOTE
 from components.dataset import CARD, DatasetVersion
 from components.probation import Decay
+from components.triggers import WAIT
 from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.continual import continued, search_due
 from flows.dataset_versions import named_version
 from flows.decay import decay_beside
+from flows.enough import count_version
 from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of
 from flows.ledger import Cycle, Ledger
 from flows.models import ResolvedModel, resolve_model
@@ -95,6 +97,11 @@ def prepare_version(desk: Desk) -> dict[str, Any]:
     if not added:
         told = f"none of {found} arrivals is a picture that {parent.id} lacks" if found else "nothing arrived"
         return {**numbers, "ends": REFUSED, "reasons": [f"nothing to learn from: {told}"]}
+    champion = desk.registry.by_number(desk.config.name, desk.cycle.champion_before or 0)
+    enough, short = count_version(desk.config, (champion, parent), dataset)
+    if enough.problem:
+        desk.ledger.state.short = {"cycle": desk.cycle.id, **short}
+        return {**numbers, "ends": WAIT, "reasons": [enough.problem]}
     return numbers
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from components.enough import Enough
 from components.standing import RetrainSection
 from components.triggers import Decay, Drift, Evidence, decide
 
@@ -13,6 +14,7 @@ DAY = 86400.0
 QUIET = Evidence(now=NOW, champion=3, last_tick=NOW - 60, last_ended=NOW - 7 * DAY, planned_steps=100)
 ARRIVED = replace(QUIET, new_images=500)
 DRIFTED = Drift("drift", 0.4, ("images: effect 0.40 (p 0.001)",))
+SHORT = Enough(500, 19, 400, 20)
 WEEKLY = {"schedule": "0 3 * * 1"}
 
 
@@ -48,6 +50,10 @@ WEEKLY = {"schedule": "0 3 * * 1"}
         (replace(ARRIVED, refused_images=450, drift=DRIFTED), {}, "retrain", ["drift"]),
         (replace(QUIET, new_images=60, refused_images=50, drift=DRIFTED), {"min_new_images": 5}, "retrain", None),
         (replace(ARRIVED, refused_images=500, manual="--force"), {}, "retrain", ["manual"]),
+        (replace(ARRIVED, enough=SHORT), {}, "wait", ["new_images", "too_few_pictures"]),
+        (replace(ARRIVED, enough=SHORT, manual="--force"), {}, "retrain", ["manual", "new_images"]),
+        (replace(ARRIVED, enough=Enough(500, 20, 400, 20)), {}, "retrain", ["new_images"]),
+        (replace(QUIET, enough=SHORT), WEEKLY, "wait", []),
         (replace(ARRIVED, problem="the bucket does not answer"), {}, "wait", ["new_images", "source"]),
         (replace(ARRIVED, last_tick=NOW - 3 * DAY), WEEKLY, "retrain", ["new_images", "schedule"]),
         (replace(QUIET, last_tick=NOW - 3 * DAY), WEEKLY, "wait", ["nothing_new", "schedule"]),
@@ -106,6 +112,7 @@ def test_no_comes_with_because_and_with_what_was_asked_for() -> None:
         (ARRIVED, True),  # it trains
         (QUIET, True),  # nothing to train on: this tick is over
         (replace(ARRIVED, refused_images=500), True),
+        (replace(ARRIVED, enough=SHORT), True),  # nothing that the gate could judge: this tick is over
         (replace(ARRIVED, last_ended=NOW - 60), False),  # it comes after the cool-down
         (replace(ARRIVED, spent_steps=10_000), False),
         (replace(ARRIVED, problem="nothing answers"), False),

@@ -4,6 +4,7 @@ The stages are stood for by quick ones here, so that each of some fifty deaths t
 the real stages. Lease, fenced state and journal are real.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 
-from cluster import champion, lease
+from cluster import champion, lease, storage
 from cluster.artifacts import open_workspace, read_journal
 from cluster.errors import LeaseLostError, StorageError, WorkerError
 from cluster.lease import hold_lease
 from cluster.registry import CHAMPION, PREVIOUS, Registry
+from components.dataset import TEST, split_of
+from components.emblems import example
 from components.errors import DataError
+from components.images import to_png
 from components.standing import RetrainSection
 from components.triggers import Evidence, Reason, decide
 from flows import cycle, ledger, monitor, prepare, retrain, stages
@@ -368,6 +372,39 @@ def noting(trained: list[Config]) -> Callable[[Config], dict[str, Any]]:
         return {"steps": config.train.steps}
 
     return train
+
+
+def test_too_few_test_pictures_wait_for_more_and_nothing_is_trained_or_refused(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only `prepare` finds that some arrivals are too small to be used: the gate could not judge by what is left."""
+    trained: list[Config] = []
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+    small = Path(loop.data.source) / "small"
+    for index in range(12):
+        picture, caption = example("base", 9, index)
+        storage.write_bytes_atomic(f"{small}-{index:02}.txt", caption.encode())
+        storage.write_bytes_atomic(f"{small}-{index:02}.png", to_png(picture.resize((6, 6))))
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(loop.data.source).glob("[ds]*.png")]
+    tests = sum(split_of(one, 0.2, 0.2) == TEST for one in hashes)
+    strict = with_overrides(loop, {"gate.min_test_pictures": tests, "data.max_rejected_fraction": 1.0})
+    result = retrain.run(strict, once=True)
+    assert (result["decision"], result["champion_after"]) == ("wait", 1)
+    assert [one["stage"] for one in result["stages"]] == ["snapshot", "prepare"] and not trained
+    assert result["reasons"][0].startswith(f"the gate expects {tests} new test pictures (gate.min_test_pictures)")
+    state = look_at(open_workspace(loop.workspace))
+    assert (state.refused, state.turns) == ([], 0)
+    for _ in range(2):
+        waits = retrain.run(strict, once=True)
+        assert (waits["cycle"], waits["trigger"]["kinds"]) == (None, ["new_images", "too_few_pictures"])
+        assert waits["trigger"]["reasons"][0] == f"no, because {result['reasons'][0]}"
+    assert "asked for: 24 new pictures, 10 are enough" in waits["trigger"]["reasons"][1], "none is held against it"
+    stricter = with_overrides(strict, {"gate.min_test_pictures": tests + 1})
+    assert f"expects {tests + 1}" in retrain.run(stricter, once=True)["trigger"]["reasons"][0]
+    forced = retrain.run(strict, once=True, force=True)
+    assert (forced["decision"], forced["cycle"], trained) == ("wait", "cycle-0002", [])
+    arrive(loop.data.source, "drifted", 100, 40)
+    assert retrain.run(strict, once=True)["decision"] == "promoted" and len(trained) == 1
 
 
 def test_measured_drift_is_a_reason_to_train_and_replays_more(loop: Config, monkeypatch: pytest.MonkeyPatch) -> None:
