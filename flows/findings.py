@@ -6,6 +6,7 @@ source or a dataset that is away makes the loop wait; it is never taken for an e
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,15 +68,17 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
         return Findings(evidence, None, None, None, request=request)
     try:
         parent = parent_of(config, workspace, champion)
-        seen = look_at_source(config, ledger, parent, patient)
         had = refused_before(workspace, state, parent)
+        seen = look_at_source(config, ledger, parent, patient, had)
         enough = count_look(config, workspace, (champion, parent), seen, state.short) if seen is not None else None
     except (InputError, DataError, StorageError) as error:
         return Findings(replace(evidence, problem=str(error)), champion, None, None, request=request)
     if seen is None:
         return Findings(evidence, champion, parent, None, request=request)
-    refused = sum(one.pictures for one in seen.new if snapshot.key_of(one) in had)
-    evidence = replace(evidence, new_images=new_images(seen), refused_images=refused, enough=enough)
+    fresh = sum(one.pictures for one in seen.new if snapshot.key_of(one) not in had)
+    fresh += seen.counts["later"] - seen.counts["unsure"]
+    refused = seen.counts["refused"] + seen.counts["unsure"]
+    evidence = replace(evidence, new_images=fresh + refused, refused_images=refused, enough=enough)
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
     drift = measure_drift(config, seen) if config.retrain.on_drift else None
@@ -174,23 +177,25 @@ def parent_of(config: Config, workspace: Workspace, champion: Version) -> Datase
     return load_dataset(workspace.dataset_dir(wanted))
 
 
-def look_at_source(config: Config, ledger: Ledger, parent: DatasetVersion, patient: bool) -> Arrivals | None:
-    """Look what arrived; None for built-in data, which does not grow."""
+def look_at_source(
+    config: Config, ledger: Ledger, parent: DatasetVersion, patient: bool, refused: Collection[str] = ()
+) -> Arrivals | None:
+    """Look what arrived, `refused` last; None for built-in data, which does not grow."""
     if config.data.source.startswith(EMBLEMS_SCHEME):
         return None
     settle_s = config.monitor.settle_s
-    found = arrivals.look(config, parent, ledger.state.cursor, settle_s=settle_s)
+    found = arrivals.look(config, parent, ledger.state.cursor, settle_s=settle_s, refused=refused)
     if patient and settle_s and any(one.reason in (rules.CHANGING, rules.CAPTIONS_CHANGING) for one in found.pending):
         say(f"{found.counts['pending']} files arrived just now: looking again in {settle_s:g} s whether they are whole")
         ledger.state.cursor = found.cursor
         time.sleep(settle_s)
-        found = arrivals.look(config, parent, found.cursor, settle_s=settle_s)
+        found = arrivals.look(config, parent, found.cursor, settle_s=settle_s, refused=refused)
     ledger.state.cursor = found.cursor
     return found
 
 
 def new_images(found: Arrivals) -> int:
-    """Pictures that are new, those beyond what one look reads included."""
+    """Pictures that a cycle takes, and those beyond what one look reads."""
     return found.num_pictures + found.counts["later"]
 
 

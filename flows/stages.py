@@ -24,7 +24,7 @@ from flows.continual import continued, search_due
 from flows.dataset_versions import named_version
 from flows.decay import decay_beside
 from flows.enough import count_version
-from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of
+from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of, refused_before
 from flows.ledger import Cycle, Ledger
 from flows.models import ResolvedModel, resolve_model
 from flows.serve import endpoint_of
@@ -74,7 +74,8 @@ def take_snapshot(desk: Desk) -> dict[str, Any]:
         return {"parent": None, "new": 0}
     number = desk.cycle.champion_before or 0
     parent = parent_of(desk.config, desk.workspace, desk.registry.by_number(desk.config.name, number))
-    found = look_at_source(desk.config, desk.ledger, parent, patient=False)
+    had = refused_before(desk.workspace, desk.ledger.state, parent)
+    found = look_at_source(desk.config, desk.ledger, parent, patient=False, refused=had)
     if found is None:
         return {"parent": parent.id, "new": 0}
     desk.ledger.confirm()

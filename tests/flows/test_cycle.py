@@ -24,10 +24,11 @@ from components.errors import DataError
 from components.images import to_png
 from components.standing import RetrainSection
 from components.triggers import Evidence, Reason, decide
-from flows import cycle, ledger, monitor, prepare, retrain, stages
+from flows import arrivals, cycle, ledger, monitor, prepare, retrain, stages
 from flows.config import Config, load_config, with_overrides
 from flows.findings import Findings
 from flows.ledger import Ledger, lease_place, look_at
+from flows.snapshot import key_of, thaw
 from tests.loop_world import arrive, crown, loop_config
 
 
@@ -405,6 +406,25 @@ def test_too_few_test_pictures_wait_for_more_and_nothing_is_trained_or_refused(
     assert (forced["decision"], forced["cycle"], trained) == ("wait", "cycle-0002", [])
     arrive(loop.data.source, "drifted", 100, 40)
     assert retrain.run(strict, once=True)["decision"] == "promoted" and len(trained) == 1
+
+
+def test_more_arrivals_than_a_cycle_takes_are_all_tried_and_then_no_more(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 arrivals, 9 a cycle; what a refused attempt had would fill every cycle, were places given by name."""
+    look, trained = arrivals.look, list[Config]()
+    monkeypatch.setattr(arrivals, "look", lambda *given, **named: look(*given, **named, limit=9))
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+    refusal = {"decision": "reject", "version": 2, "reasons": ["worse"], "ends": stages.REFUSED}
+    monkeypatch.setitem(cycle.STAGES, "gate", lambda desk: refusal)
+    config = with_overrides(loop, {"retrain.min_new_images": 3})
+    results = [retrain.run(config, once=True) for _ in range(4)]
+    assert [one["decision"] for one in results] == ["refused", "refused", "wait", "wait"] and len(trained) == 2
+    assert results[1]["trigger"]["reasons"] == ["3 new pictures (9 more were in a refused attempt), 3 are enough"]
+    assert "0 new pictures (12 more were in a refused attempt)" in results[2]["trigger"]["reasons"][0]
+    workspace = open_workspace(loop.workspace)
+    tried = [{key_of(one) for one in thaw(workspace, f"cycle-000{number}").new} for number in (1, 2)]
+    assert [len(one) for one in tried] == [9, 9] and len(tried[0] | tried[1]) == 12
 
 
 def test_measured_drift_is_a_reason_to_train_and_replays_more(loop: Config, monkeypatch: pytest.MonkeyPatch) -> None:
