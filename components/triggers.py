@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components import schedule
+from components.arrivals import CHANGING_REASONS, words
 from components.enough import Enough
 from components.standing import RetrainSection
 
@@ -26,6 +27,8 @@ NOTHING_NEW, REFUSED, TOO_FEW, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
     "budget_gpu_hours",
     "source",
 )
+CHANGING, PENDING, MISSING = "changing", "pending", "missing"
+"""What is worth knowing of the source, whatever is decided."""
 WEEK_S = 7 * 86400.0
 MOST_REASONS = 3
 """Of the monitor's in ours."""
@@ -77,6 +80,10 @@ class Evidence:
     """Of those, the ones that an attempt had which was refused or rolled back."""
     enough: Enough | None = None
     """Whether the gate could judge what is trained on them; None: nothing is compared, or nobody looked."""
+    pending: dict[str, int] = field(default_factory=dict)
+    """Files at the source that are no arrivals yet, by reason."""
+    missing: int = 0
+    """Files of the champion's data that the source has no more."""
     last_tick: float = 0.0
     """Up to when the schedule's ticks were heeded."""
     last_ended: float | None = None
@@ -109,25 +116,29 @@ class Decision:
     """Triggers that could have spoken and did not, with how far they are from it."""
     heed_tick: bool = False
     """The schedule's ticks so far are dealt with; otherwise they stay due."""
+    notes: tuple[Reason, ...] = ()
+    """What the source has that cannot be used yet, and what it has lost."""
 
     @property
     def reasons(self) -> list[str]:
-        """For people: why we train, or "no, because"."""
+        """For people: why we train, or "no, because"; then what is to be known of the source."""
+        notes = [reason.text for reason in self.notes]
         if self.verdict == RETRAIN:
-            return [reason.text for reason in self.triggers]
+            return [*(reason.text for reason in self.triggers), *notes]
         silent = ["no trigger: " + "; ".join(reason.text for reason in self.quiet)] if not self.triggers else []
         wanted = [f"asked for: {reason.text}" for reason in self.triggers]
-        return [*(f"no, because {reason.text}" for reason in self.held_by), *wanted, *silent]
+        return [*(f"no, because {reason.text}" for reason in self.held_by), *wanted, *silent, *notes]
 
     @property
     def numbers(self) -> dict[str, Any]:
         """Every reason's numbers, by kind."""
-        return {reason.kind: reason.numbers for reason in (*self.triggers, *self.held_by, *self.quiet)}
+        return {reason.kind: reason.numbers for reason in (*self.triggers, *self.held_by, *self.quiet, *self.notes)}
 
     @property
     def kinds(self) -> list[str]:
-        """What tells one wait from another, whatever the numbers."""
-        return [self.verdict, *sorted(reason.kind for reason in (*self.triggers, *self.held_by))]
+        """What tells one wait from another, whatever the numbers; what passes by itself does not."""
+        spoken = (*self.triggers, *self.held_by, *self.notes)
+        return [self.verdict, *sorted(reason.kind for reason in spoken if reason.kind != CHANGING)]
 
 
 def decide(evidence: Evidence, section: RetrainSection) -> Decision:
@@ -140,7 +151,18 @@ def decide(evidence: Evidence, section: RetrainSection) -> Decision:
     verdict = RETRAIN if spoken and not held else WAIT
     useless = {NOTHING_NEW, REFUSED, TOO_FEW} & {reason.kind for reason in held}
     heed_tick = verdict == RETRAIN or bool(useless)  # cool-down and budget keep a tick due
-    return Decision(verdict, tuple(spoken), tuple(held), tuple(quiet), heed_tick)
+    return Decision(verdict, tuple(spoken), tuple(held), tuple(quiet), heed_tick, _notes(evidence))
+
+
+def _notes(evidence: Evidence) -> tuple[Reason, ...]:
+    """What of the source is no arrival and why, and what it has lost."""
+    changing = {reason: count for reason, count in evidence.pending.items() if reason in CHANGING_REASONS}
+    waiting = {reason: count for reason, count in evidence.pending.items() if reason not in CHANGING_REASONS}
+    notes = [Reason(kind, words(some), some) for kind, some in ((PENDING, waiting), (CHANGING, changing)) if some]
+    if evidence.missing:
+        text = f"{evidence.missing} files of the champion's data are gone from the source or were replaced"
+        notes.append(Reason(MISSING, f"{text}; its dataset version keeps them", {"files": evidence.missing}))
+    return tuple(notes)
 
 
 def _triggers(evidence: Evidence, section: RetrainSection) -> list[tuple[bool, Reason]]:

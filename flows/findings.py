@@ -79,6 +79,7 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
     fresh += seen.counts["later"] - seen.counts["unsure"]
     refused = seen.counts["refused"] + seen.counts["unsure"]
     evidence = replace(evidence, new_images=fresh + refused, refused_images=refused, enough=enough)
+    evidence = replace(evidence, pending=seen.waiting, missing=seen.counts["missing"])
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
     drift = measure_drift(config, seen) if config.retrain.on_drift else None

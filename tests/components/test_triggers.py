@@ -91,6 +91,20 @@ def test_all_triggers_that_speak_are_merged_with_their_numbers() -> None:
     assert decision.numbers["schedule"]["ticks"] == 30
 
 
+def test_what_waits_at_the_source_and_what_it_has_lost_is_told_whatever_is_decided() -> None:
+    found = replace(QUIET, pending={"caption_not_here_yet": 500, "still_changing": 3, "zero_bytes": 1}, missing=40)
+    waits, trains = (decide(one, RetrainSection()) for one in (found, replace(found, new_images=200)))
+    notes = [
+        "501 files wait: no caption (500), empty (1)",
+        "3 files wait: still changing",
+        "40 files of the champion's data are gone from the source or were replaced; its dataset version keeps them",
+    ]
+    assert waits.reasons[1:] == notes and trains.reasons == ["200 new pictures, 200 are enough", *notes]
+    assert waits.numbers["pending"] == {"caption_not_here_yet": 500, "zero_bytes": 1}
+    assert waits.numbers["missing"] == {"files": 40} and waits.numbers["changing"] == {"still_changing": 3}
+    assert waits.kinds == ["wait", "missing", "pending"], "what passes by itself makes no new wait"
+
+
 def test_no_comes_with_because_and_with_what_was_asked_for() -> None:
     found = replace(ARRIVED, last_ended=NOW - 60, spent_steps=950)
     decision = decide(found, RetrainSection(budget_steps_per_week=1000))
