@@ -78,6 +78,8 @@ class Evidence:
     """Arrivals that the champion's dataset lacks."""
     refused_images: int = 0
     """Of those, the ones that an attempt had which was refused or rolled back."""
+    refused_first: str = ""
+    """Which cycle made a first model of the same pictures by the same recipe, and why it was refused; empty: none."""
     enough: Enough | None = None
     """Whether the gate could judge what is trained on them; None: nothing is compared, or nobody looked."""
     pending: dict[str, int] = field(default_factory=dict)
@@ -235,6 +237,9 @@ def _holds(evidence: Evidence, section: RetrainSection, spoken: set[str]) -> lis
     by_hand, first = MANUAL in spoken, FIRST in spoken
     if evidence.problem:
         held.append(Reason(SOURCE, evidence.problem))
+    elif first and not by_hand and evidence.refused_first:
+        text = f"a first model of the same pictures by the same recipe was refused in {evidence.refused_first}"
+        held.append(Reason(REFUSED, f"{text}; add pictures or change the recipe", {"attempt": evidence.refused_first}))
     elif not first and not by_hand and evidence.new_images == 0:
         held.append(Reason(NOTHING_NEW, "nothing arrived that the champion's data lacks", {"new": 0}))
     elif not first and not by_hand:

@@ -20,7 +20,7 @@ from components.triggers import RETRAIN, WAIT, Decision
 from flows import rollback
 from flows.config import Config
 from flows.console import say, step
-from flows.findings import Findings
+from flows.findings import Findings, first_attempt
 from flows.ledger import BY_HAND, PROMOTED, Cycle, Ledger
 from flows.stages import NEED_RAY, ROLL_BACK, STAGES, Desk, is_champion
 
@@ -141,6 +141,9 @@ def _finish(desk: Desk, decision: str, reasons: list[str], again: bool) -> dict[
     if not again:
         arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
         made = {"run_id": cycle.run_id, "dataset": dataset}
+        source = done.get("snapshot", {}).get("snapshot")
+        if source is not None:
+            made |= {"first": first_attempt(desk.config, state, source)}
         desk.ledger.refuse({"cycle": cycle.id, **arrived, **made, "reasons": reasons[:3]})
     state.last = {
         "cycle": cycle.id,

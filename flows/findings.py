@@ -23,10 +23,11 @@ from components.schedule import FAR_AHEAD_S
 from components.sources import EMBLEMS_SCHEME
 from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldown
 from flows import arrivals, snapshot
-from flows.config import Config
+from flows.config import Config, recipe_fingerprint, with_overrides
 from flows.console import say
 from flows.enough import count_look
 from flows.ledger import BY_HAND, PROMOTED, Ledger, State, asked_uri
+from flows.prepare import source_snapshot
 
 CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
 """What keeps a measurement from saying anything, and the loop from nothing else."""
@@ -65,7 +66,7 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
         **budget(config, state, first=champion is None),
     )
     if champion is None:
-        return Findings(evidence, None, None, None, request=request)
+        return Findings(replace(evidence, **refused_first(config, state)), None, None, None, request=request)
     try:
         parent = parent_of(config, workspace, champion)
         had = refused_before(workspace, state, parent)
@@ -207,6 +208,22 @@ def refused_before(workspace: Workspace, state: State, parent: DatasetVersion) -
         if attempt["parent"] == parent.id and attempt["new"]:
             had |= {snapshot.key_of(one) for one in snapshot.thaw(workspace, attempt["cycle"]).new}
     return had
+
+
+def first_attempt(config: Config, state: State, source: str) -> str:
+    """Name what a first champion is made of: the source's snapshot and the recipe, a searched one included."""
+    return f"{source} {recipe_fingerprint(with_overrides(config, state.recipe), '', config.model.base)}"
+
+
+def refused_first(config: Config, state: State) -> dict[str, Any]:
+    """Say as evidence whether a first model of what the source holds was refused before; read only where one was."""
+    refused = {one["first"]: f"{one['cycle']}: {one['reasons'][0]}" for one in state.refused if "first" in one}
+    if not refused:
+        return {}
+    try:
+        return {"refused_first": refused.get(first_attempt(config, state, source_snapshot(config)), "")}
+    except (InputError, DataError, StorageError) as error:
+        return {"problem": str(error)}
 
 
 def asked(workspace: Workspace) -> str:

@@ -102,6 +102,11 @@ def plan(config: Config) -> list[str]:
     ]
 
 
+def source_snapshot(config: Config) -> str:
+    """Hash what the source holds now and what decides acceptance; InputError when it is not there."""
+    return config.data.version or _read_source(config).snapshot
+
+
 def find_dataset(config: Config) -> DatasetVersion | None:
     """Return the complete dataset version of what the source holds now; None when there is none, or pixels are gone.
 

@@ -71,7 +71,7 @@ def take_snapshot(desk: Desk) -> dict[str, Any]:
     begin = probation.look(desk.config)
     desk.cycle.look = None if begin is None else asdict(begin)
     if desk.first:
-        return {"parent": None, "new": 0}
+        return {"parent": None, "new": 0, "snapshot": prepare.source_snapshot(desk.config)}
     number = desk.cycle.champion_before or 0
     parent = parent_of(desk.config, desk.workspace, desk.registry.by_number(desk.config.name, number))
     had = refused_before(desk.workspace, desk.ledger.state, parent)
@@ -134,12 +134,11 @@ def search_recipe(desk: Desk) -> dict[str, Any]:
 def train_run(desk: Desk) -> dict[str, Any]:
     """Train, going on where a killed run stopped; an attempt that was refused before is not made again."""
     config = run_config(desk, desk.ledger.state.recipe)
-    run_id = train.open_inputs(config).run_id(config)
+    run_id = desk.cycle.run_id = train.open_inputs(config).run_id(config)
     for attempt in desk.ledger.state.refused:
         if attempt["run_id"] == run_id:
             why = f"the same recipe and data were refused in {attempt['cycle']}: {attempt['reasons'][0]}"
             return {"run_id": run_id, "repeated": True, "ends": REFUSED, "reasons": [why]}
-    desk.cycle.run_id = run_id
     known = read_record(desk.workspace.run_dir(run_id)) is not None
     before = desk.ledger.gpu_hours_of(desk.cycle.id, "train")  # of attempts that were interrupted
     if not known:

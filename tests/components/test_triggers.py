@@ -23,6 +23,13 @@ WEEKLY = {"schedule": "0 3 * * 1"}
     [
         (QUIET, {}, "wait", []),
         (replace(QUIET, champion=None), {}, "retrain", ["first_start"]),
+        (
+            replace(QUIET, champion=None, refused_first="cycle-0001: slow"),
+            {},
+            "wait",
+            ["first_start", "refused_before"],
+        ),
+        (replace(QUIET, champion=None, refused_first="cycle-0001: slow", manual="--force"), {}, "retrain", None),
         (replace(QUIET, champion=None, last_ended=NOW - 60), {}, "wait", ["cooldown", "first_start"]),
         (replace(QUIET, new_images=199), {}, "wait", []),
         (replace(QUIET, new_images=200), {}, "retrain", ["new_images"]),

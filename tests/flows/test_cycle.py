@@ -427,6 +427,39 @@ def test_more_arrivals_than_a_cycle_takes_are_all_tried_and_then_no_more(
     assert [len(one) for one in tried] == [9, 9] and len(tried[0] | tried[1]) == 12
 
 
+def test_a_first_model_that_was_refused_is_made_again_of_other_pictures_or_by_another_recipe_only(
+    tmp_path: Path,
+    tiny_pipelines: dict[int, Path],
+    empty_registry: Path,
+    examined_here: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "mlflow.db").write_bytes(empty_registry.read_bytes())
+    arrive(tmp_path / "source", "base", 0, 40)
+    config, trained = loop_config(tmp_path, tiny_pipelines[0]), list[Config]()
+    slow = {"decision": "reject", "version": 1, "reasons": ["too slow"], "ends": stages.REFUSED}
+    doubles = {"evaluate": lambda desk: {}, "gate": lambda desk: slow}
+    monkeypatch.setattr(cycle, "STAGES", {**stages.STAGES, **doubles})
+    monkeypatch.setattr(cycle, "local_session", lambda placement: nullcontext())
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+
+    assert retrain.run(config, once=True)["decision"] == "refused"
+    for _ in range(2):
+        waits = retrain.run(config, once=True)
+        assert (waits["decision"], waits["trigger"]["kinds"]) == ("wait", ["first_start", "refused_before"])
+    assert "by the same recipe was refused in cycle-0001: too slow" in waits["trigger"]["reasons"][0]
+    forced = retrain.run(config, once=True, force=True)
+    assert (forced["decision"], forced["stages"][-1]["stage"], len(trained)) == ("refused", "train", 1)
+    run_ids = [attempt["run_id"] for attempt in look_at(open_workspace(config.workspace)).refused]
+    assert len(run_ids) == 2 and run_ids[0] and run_ids[0] == run_ids[1]
+    longer = with_overrides(config, {"train.steps": 7})
+    assert retrain.run(longer, once=True)["decision"] == "refused" and len(trained) == 2
+    assert retrain.run(longer, once=True)["decision"] == "wait"
+    arrive(tmp_path / "source", "base", 100, 1)
+    assert retrain.run(longer, once=True)["decision"] == "refused" and len(trained) == 3
+
+
 def test_measured_drift_is_a_reason_to_train_and_replays_more(loop: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Config] = []
     measured = {"verdict": "drift", "drift": 0.6, "reasons": ["images: KID 0.2"], "report": None}
