@@ -7,6 +7,7 @@ half is pending with the reason. Pure: listings come in as streams in the order 
 """
 
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,17 @@ NO_PICTURE_YET = "picture_not_here_yet"
 CAPTIONS_CHANGING = "metadata_still_changing"
 DAMAGED = "unreadable_or_half_written"
 ODD_NAME = "unreadable_name"
+CHANGING_REASONS = (CHANGING, CAPTIONS_CHANGING)
+"""Those that pass by themselves."""
+WORDS = {
+    CHANGING: "still changing",
+    EMPTY: "empty",
+    NO_CAPTION_YET: "no caption",
+    NO_PICTURE_YET: "no picture",
+    CAPTIONS_CHANGING: "metadata still changing",
+    DAMAGED: "unreadable or half written",
+    ODD_NAME: "unreadable name",
+}
 CAPTIONS, METADATA, TABLES = "captions", "metadata", "tables"
 
 
@@ -63,6 +75,13 @@ class Arrivals:
     def num_pictures(self) -> int:
         return sum(arrival.pictures for arrival in self.new)
 
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many files are pending for which reason; those beyond what is listed are `more`."""
+        listed = Counter(one.reason for one in self.pending)
+        more = self.counts["pending"] - listed.total()
+        return {**dict(sorted(listed.items())), **({"more": more} if more > 0 else {})}
+
 
 @dataclass(frozen=True)
 class State:
@@ -86,6 +105,13 @@ class Whole:
     """Files that belong together, all of them at rest and at least one of them new."""
 
     files: tuple[Seen, ...]
+
+
+def words(waiting: dict[str, int]) -> str:
+    """Say how many files wait, and what for."""
+    named = [(WORDS.get(reason, reason.replace("_", " ")), count) for reason, count in waiting.items()]
+    told = ", ".join(f"{word} ({count})" for word, count in named) if len(named) > 1 else named[0][0]
+    return f"{sum(waiting.values())} files wait: {told}"
 
 
 def carried_over(now: Iterable[Seen], before: Iterable[Seen], at: float) -> Iterator[Seen]:

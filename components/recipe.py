@@ -156,7 +156,7 @@ class GateSection(Section):
     max_coverage_drop: float = Field(0.2, ge=0, le=1)
     """Points by which coverage (a share of the test pictures) may be lower."""
     min_test_pictures: int = Field(20, ge=2)
-    """Fewer test pictures decide nothing."""
+    """Fewer test pictures decide nothing; the standing loop does not train before so many new ones are there."""
     time_budget_s: float = Field(30.0, gt=0)
     """Seconds in which the candidate must answer the gate's prompts over HTTP, after it is ready."""
     anchor_prompts: tuple[str, ...] = ()

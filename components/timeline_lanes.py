@@ -154,7 +154,8 @@ def _cycles(cycles: Sequence[Cycle], axis: Axis) -> list[str]:
     marks = []
     for cycle in _one_a_place(cycles, axis, lambda one: one.began):
         end = cycle.ended if cycle.ended is not None else axis.end
-        kind = cycle.decision if cycle.decision in ("promoted", "refused", "rolled_back", "failed") else "working"
+        known = {"wait": "refused", **{kind: kind for kind in ("promoted", "refused", "rolled_back", "failed")}}
+        kind = known.get(cycle.decision, "working")
         told = f"{cycle.id}: {cycle.decision or 'at work'}"
         marks.append(_titled(_box(axis, (cycle.began, end), kind, 12), told, "#cycles"))
     return marks

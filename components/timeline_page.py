@@ -22,7 +22,7 @@ EXPLAINED = {
     "served": "Bars are versions while they were champion; filled is the one that serves now, hatched in red came by a"
     " rollback.",
     "gate": "Decisions: green promoted, grey held, red rejected.",
-    "cycles": "Retrainings from trigger to decision: green promoted, grey refused, red rolled back or failed.",
+    "cycles": "Retrainings from trigger to decision: green promoted, grey refused or waits, red rolled back or failed.",
     "triggers": "Triangles are decisions to train, thin bars times in which the loop looked and waited.",
     "monitor": "Looks: tall marks said drift, short ones did not, pale ones had not enough data.",
     "data": "Dataset versions: filled grew from another by arrivals, hollow were made whole.",

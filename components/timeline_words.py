@@ -10,6 +10,7 @@ MOST_CHARS = 280
 OUTCOMES = {
     "promoted": ("promoted", "good"),
     "refused": ("refused", ""),
+    "wait": ("waited for more", ""),
     "rolled_back": ("rolled back", "bad"),
     "failed": ("failed", "bad"),
     "promote": ("promoted", "good"),

@@ -2,7 +2,8 @@
 
 Each trigger (schedule, number of new pictures, drift, decay, by hand, no champion yet) speaks for itself; all that
 speak are kept. Then whatever holds a retraining back: nothing new to learn from, data that a refused attempt had
-already, the cool-down, the budget. A `wait` says as much as a `retrain`. Pure: no clock, no file is read here.
+already, too little that the gate could judge by, the cool-down, the budget. A `wait` says as much as a `retrain`. Pure:
+no clock, no file is read here.
 """
 
 import math
@@ -10,19 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components import schedule
+from components.arrivals import CHANGING_REASONS, words
+from components.enough import Enough
 from components.standing import RetrainSection
 
 RETRAIN, WAIT = "retrain", "wait"
 DRIFTED = "drift"
 FIRST, SCHEDULE, NEW_IMAGES, DRIFT, DECAY, MANUAL = "first_start", "schedule", "new_images", "drift", "decay", "manual"
-NOTHING_NEW, REFUSED, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
+NOTHING_NEW, REFUSED, TOO_FEW, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
     "nothing_new",
     "refused_before",
+    "too_few_pictures",
     "cooldown",
     "budget_steps",
     "budget_gpu_hours",
     "source",
 )
+CHANGING, PENDING, MISSING = "changing", "pending", "missing"
+"""What is worth knowing of the source, whatever is decided."""
 WEEK_S = 7 * 86400.0
 MOST_REASONS = 3
 """Of the monitor's in ours."""
@@ -72,6 +78,14 @@ class Evidence:
     """Arrivals that the champion's dataset lacks."""
     refused_images: int = 0
     """Of those, the ones that an attempt had which was refused or rolled back."""
+    refused_first: str = ""
+    """Which cycle made a first model of the same pictures by the same recipe, and why it was refused; empty: none."""
+    enough: Enough | None = None
+    """Whether the gate could judge what is trained on them; None: nothing is compared, or nobody looked."""
+    pending: dict[str, int] = field(default_factory=dict)
+    """Files at the source that are no arrivals yet, by reason."""
+    missing: int = 0
+    """Files of the champion's data that the source has no more."""
     last_tick: float = 0.0
     """Up to when the schedule's ticks were heeded."""
     last_ended: float | None = None
@@ -104,25 +118,29 @@ class Decision:
     """Triggers that could have spoken and did not, with how far they are from it."""
     heed_tick: bool = False
     """The schedule's ticks so far are dealt with; otherwise they stay due."""
+    notes: tuple[Reason, ...] = ()
+    """What the source has that cannot be used yet, and what it has lost."""
 
     @property
     def reasons(self) -> list[str]:
-        """For people: why we train, or "no, because"."""
+        """For people: why we train, or "no, because"; then what is to be known of the source."""
+        notes = [reason.text for reason in self.notes]
         if self.verdict == RETRAIN:
-            return [reason.text for reason in self.triggers]
+            return [*(reason.text for reason in self.triggers), *notes]
         silent = ["no trigger: " + "; ".join(reason.text for reason in self.quiet)] if not self.triggers else []
         wanted = [f"asked for: {reason.text}" for reason in self.triggers]
-        return [*(f"no, because {reason.text}" for reason in self.held_by), *wanted, *silent]
+        return [*(f"no, because {reason.text}" for reason in self.held_by), *wanted, *silent, *notes]
 
     @property
     def numbers(self) -> dict[str, Any]:
         """Every reason's numbers, by kind."""
-        return {reason.kind: reason.numbers for reason in (*self.triggers, *self.held_by, *self.quiet)}
+        return {reason.kind: reason.numbers for reason in (*self.triggers, *self.held_by, *self.quiet, *self.notes)}
 
     @property
     def kinds(self) -> list[str]:
-        """What tells one wait from another, whatever the numbers."""
-        return [self.verdict, *sorted(reason.kind for reason in (*self.triggers, *self.held_by))]
+        """What tells one wait from another, whatever the numbers; what passes by itself does not."""
+        spoken = (*self.triggers, *self.held_by, *self.notes)
+        return [self.verdict, *sorted(reason.kind for reason in spoken if reason.kind != CHANGING)]
 
 
 def decide(evidence: Evidence, section: RetrainSection) -> Decision:
@@ -133,9 +151,20 @@ def decide(evidence: Evidence, section: RetrainSection) -> Decision:
         (spoken if speaks else quiet).append(reason)
     held = _holds(evidence, section, {reason.kind for reason in spoken})
     verdict = RETRAIN if spoken and not held else WAIT
-    useless = {NOTHING_NEW, REFUSED} & {reason.kind for reason in held}
+    useless = {NOTHING_NEW, REFUSED, TOO_FEW} & {reason.kind for reason in held}
     heed_tick = verdict == RETRAIN or bool(useless)  # cool-down and budget keep a tick due
-    return Decision(verdict, tuple(spoken), tuple(held), tuple(quiet), heed_tick)
+    return Decision(verdict, tuple(spoken), tuple(held), tuple(quiet), heed_tick, _notes(evidence))
+
+
+def _notes(evidence: Evidence) -> tuple[Reason, ...]:
+    """What of the source is no arrival and why, and what it has lost."""
+    changing = {reason: count for reason, count in evidence.pending.items() if reason in CHANGING_REASONS}
+    waiting = {reason: count for reason, count in evidence.pending.items() if reason not in CHANGING_REASONS}
+    notes = [Reason(kind, words(some), some) for kind, some in ((PENDING, waiting), (CHANGING, changing)) if some]
+    if evidence.missing:
+        text = f"{evidence.missing} files of the champion's data are gone from the source or were replaced"
+        notes.append(Reason(MISSING, f"{text}; its dataset version keeps them", {"files": evidence.missing}))
+    return tuple(notes)
 
 
 def _triggers(evidence: Evidence, section: RetrainSection) -> list[tuple[bool, Reason]]:
@@ -208,10 +237,14 @@ def _holds(evidence: Evidence, section: RetrainSection, spoken: set[str]) -> lis
     by_hand, first = MANUAL in spoken, FIRST in spoken
     if evidence.problem:
         held.append(Reason(SOURCE, evidence.problem))
+    elif first and not by_hand and evidence.refused_first:
+        text = f"a first model of the same pictures by the same recipe was refused in {evidence.refused_first}"
+        held.append(Reason(REFUSED, f"{text}; add pictures or change the recipe", {"attempt": evidence.refused_first}))
     elif not first and not by_hand and evidence.new_images == 0:
         held.append(Reason(NOTHING_NEW, "nothing arrived that the champion's data lacks", {"new": 0}))
-    elif not first and not by_hand and NEW_IMAGES not in spoken:
-        held += _refused(evidence)
+    elif not first and not by_hand:
+        held += _refused(evidence) if NEW_IMAGES not in spoken else []
+        held += _too_few(evidence.enough) if not held else []
     if not by_hand:
         held += cooldown(evidence, section.cooldown_s)
     return held + _budget(evidence, section)
@@ -228,6 +261,14 @@ def _refused(evidence: Evidence) -> list[Reason]:
     if evidence.fresh_images:
         text += f"; it is tried again when {math.ceil(least)} others are there"
     return [Reason(REFUSED, text, {"new": evidence.new_images, "fresh": evidence.fresh_images, "least": least})]
+
+
+def _too_few(enough: Enough | None) -> list[Reason]:
+    """A training that the gate could not judge is in vain."""
+    if enough is None or not enough.problem:
+        return []
+    numbers = {"new": enough.pictures, "test": enough.tests, "train": enough.trains, "least": enough.least}
+    return [Reason(TOO_FEW, enough.problem, {**numbers, "unsorted": enough.unsorted})]
 
 
 def cooldown(evidence: Evidence, cooldown_s: float) -> list[Reason]:

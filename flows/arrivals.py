@@ -8,10 +8,9 @@ Looking needs two looks at least `settle_s` apart: a file that is still being wr
 import hashlib
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +29,15 @@ from components.sources import MISSING_FILE, NO_CAPTION, Candidate, Listed, find
 from flows.config import Config
 from flows.console import say
 from flows.ledger import saved_listing
+from flows.look import Look
 from flows.prepare import SourceFiles, source_root
 
 SETTLE_S = 60.0
 LIMIT = 10_000
+"""New files that one look reads and one cycle takes; stated in docs/user-guide.md."""
+COUNTED = ("new", "pending", "repeated", "missing", "later", "unread", "refused", "unsure")
 PLACE = "arrivals"
 READERS = 8
-
-
-@dataclass
-class Look:
-    """One look in the making."""
-
-    files: SourceFiles
-    known: set[str]
-    """Hashes of the pictures that the dataset version has."""
-    limit: int
-    wanted: Callable[[Whole], bool]
-    new: list[Arrival] = field(default_factory=list)
-    unread: list[Arrival] = field(default_factory=list)
-    pending: list[Pending] = field(default_factory=list)
-    repeated: list[Arrival] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    hashes: dict[str, str] = field(default_factory=dict)
-    """uri -> hash of what was read in this look."""
-
-    def note(self, kind: str, value: Any) -> None:
-        """Count a finding and keep it while there is room."""
-        kept: list[Any] = getattr(self, kind)
-        self.counts[kind] += 1
-        if len(kept) < self.limit:
-            kept.append(value)
-
-    def note_picture(self, arrival: Arrival) -> None:
-        """Take a picture whose bytes are known: the first with these bytes is new."""
-        self.note("repeated" if arrival.sha256 in self.known else "new", arrival)
-        self.known.add(arrival.sha256)
-
-    def path(self, uri: str) -> str:
-        return uri.removeprefix(self.files.root).lstrip("/")
 
 
 def look(
@@ -81,11 +49,14 @@ def look(
     at: float | None = None,
     wanted: Callable[[Whole], bool] = lambda whole: True,
     place: str = PLACE,
+    refused: Collection[str] = (),
 ) -> Arrivals:
     """Return what `data.source` holds that `parent` does not; `cursor` is that of the look before, from any machine.
 
     At most `limit` new files are read in one look, `counts["later"]` are left for the next ones; new ones that are not
     `wanted` are never read and only counted, as "unread". `at` is the time of the look (default: now; Unix seconds).
+    What is `refused` (by `snapshot.key_of`) is new too, but comes after all else: it fills what room is left below
+    `limit`. All of it that was found is counted as "refused", and as "unsure" what of the "later" may be of it.
     Whoever keeps a cursor of its own needs a `place` (folder of the workspace) of its own: a look there clears away
     what only others' cursors name; in PLACE, the standing loop's, what its saved one names stays. InputError when there
     is no source, StorageError when it cannot be listed: a source that does not answer is never taken for an empty one.
@@ -96,6 +67,7 @@ def look(
     folder = workspace.root / place / hashlib.sha256(root.encode()).hexdigest()[:12]
     previous = cursor["listing"] if cursor is not None and cursor.get("source") == root else ""
     found = Look(SourceFiles(_base(root), _environment(root)), {item.sha256 for item in parent.items}, limit, wanted)
+    found.refused.update(refused)
     stage.fetch(folder / f"{previous}.parquet")
     listed = rules.carried_over(_listed(root, found), read_listing(folder / f"{previous}.parquet"), at)
     try:
@@ -111,9 +83,16 @@ def look(
         raise StorageError(artifacts.disk_message(folder, error)) from error
     looked_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
     cursor = {"source": root, "parent": parent.id, "listing": digest, "files": number, "looked_at": looked_at}
-    lists = (tuple(found.new), tuple(found.pending), tuple(found.repeated), tuple(found.missing))
-    counts = {kind: found.counts[kind] for kind in ("new", "pending", "repeated", "missing", "later", "unread")}
-    return Arrivals(*lists, counts=counts, cursor=cursor)
+    new = (*found.new, *found.again)[:limit]
+    found.counts["unsure"] = min(found.counts["later"], len(found.refused))
+    return Arrivals(
+        new,
+        tuple(found.pending),
+        tuple(found.repeated),
+        tuple(found.missing),
+        counts={kind: found.counts[kind] for kind in COUNTED},
+        cursor=cursor,
+    )
 
 
 def _sort(found: Look, states: Iterator[State | str], draft: Path) -> None:
@@ -156,6 +135,8 @@ def _whole(found: Look, judged: Iterable[Whole | Pending]) -> Iterator[Whole]:
             found.note("repeated", Arrival(Candidate(name, name), one.files, one.files[0].sha256))
         elif not found.wanted(one):
             found.counts["unread"] += 1
+        elif one.files[0].sha256 in found.refused:
+            yield one
         elif places > 0:
             places -= 1
             yield one
@@ -184,7 +165,7 @@ def _take_table(found: Look, table: Seen) -> None:
         found.note("pending", Pending(table.uri, rules.DAMAGED))
         return
     for group, size in zip(groups, sizes, strict=True):
-        found.note("new", Arrival(group, (table,), pictures=size))
+        found.note_new(Arrival(group, (table,), pictures=size))
 
 
 def _named(found: Look, wholes: list[Whole], metadata: list[State], draft: Path) -> None:

@@ -16,11 +16,11 @@ from cluster.registry import CHAMPION
 from cluster.reigns import was_rolled_back
 from cluster.session import local_session
 from components.errors import DataError, InputError, NonFiniteError
-from components.triggers import RETRAIN, Decision
+from components.triggers import RETRAIN, WAIT, Decision
 from flows import rollback
 from flows.config import Config
 from flows.console import say, step
-from flows.findings import Findings
+from flows.findings import Findings, first_attempt
 from flows.ledger import BY_HAND, PROMOTED, Cycle, Ledger
 from flows.stages import NEED_RAY, ROLL_BACK, STAGES, Desk, is_champion
 
@@ -112,7 +112,7 @@ def _end(desk: Desk) -> dict[str, Any]:
     """Decide from what the stages returned; a new champion that must not stay is rolled back here, once."""
     ended = next((result for result in desk.cycle.stages.values() if "ends" in result), None)
     if ended is not None:
-        return _finish(desk, ended["ends"], ended["reasons"], again=False)
+        return _finish(desk, ended["ends"], ended["reasons"], again=ended["ends"] == WAIT)
     version = desk.result("gate")["version"]
     verdict = next((r for r in reversed(desk.cycle.stages.values()) if r.get("watch") == ROLL_BACK), None)
     if verdict is None and was_rolled_back(read_journal(desk.workspace), desk.config.name, version):
@@ -141,6 +141,9 @@ def _finish(desk: Desk, decision: str, reasons: list[str], again: bool) -> dict[
     if not again:
         arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
         made = {"run_id": cycle.run_id, "dataset": dataset}
+        source = done.get("snapshot", {}).get("snapshot")
+        if source is not None:
+            made |= {"first": first_attempt(desk.config, state, source)}
         desk.ledger.refuse({"cycle": cycle.id, **arrived, **made, "reasons": reasons[:3]})
     state.last = {
         "cycle": cycle.id,

@@ -6,6 +6,7 @@ source or a dataset that is away makes the loop wait; it is never taken for an e
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +23,11 @@ from components.schedule import FAR_AHEAD_S
 from components.sources import EMBLEMS_SCHEME
 from components.triggers import DRIFTED, WEEK_S, Decay, Drift, Evidence, cooldown
 from flows import arrivals, snapshot
-from flows.config import Config
+from flows.config import Config, recipe_fingerprint, with_overrides
 from flows.console import say
+from flows.enough import count_look
 from flows.ledger import BY_HAND, PROMOTED, Ledger, State, asked_uri
+from flows.prepare import source_snapshot
 
 CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
 """What keeps a measurement from saying anything, and the loop from nothing else."""
@@ -63,17 +66,21 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
         **budget(config, state, first=champion is None),
     )
     if champion is None:
-        return Findings(evidence, None, None, None, request=request)
+        return Findings(replace(evidence, **refused_first(config, state)), None, None, None, request=request)
     try:
         parent = parent_of(config, workspace, champion)
-        seen = look_at_source(config, ledger, parent, patient)
         had = refused_before(workspace, state, parent)
+        seen = look_at_source(config, ledger, parent, patient, had)
+        enough = count_look(config, workspace, (champion, parent), seen, state.short) if seen is not None else None
     except (InputError, DataError, StorageError) as error:
         return Findings(replace(evidence, problem=str(error)), champion, None, None, request=request)
     if seen is None:
         return Findings(evidence, champion, parent, None, request=request)
-    refused = sum(one.pictures for one in seen.new if snapshot.key_of(one) in had)
-    evidence = replace(evidence, new_images=new_images(seen), refused_images=refused)
+    fresh = sum(one.pictures for one in seen.new if snapshot.key_of(one) not in had)
+    fresh += seen.counts["later"] - seen.counts["unsure"]
+    refused = seen.counts["refused"] + seen.counts["unsure"]
+    evidence = replace(evidence, new_images=fresh + refused, refused_images=refused, enough=enough)
+    evidence = replace(evidence, pending=seen.waiting, missing=seen.counts["missing"])
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
     drift = measure_drift(config, seen) if config.retrain.on_drift else None
@@ -172,23 +179,25 @@ def parent_of(config: Config, workspace: Workspace, champion: Version) -> Datase
     return load_dataset(workspace.dataset_dir(wanted))
 
 
-def look_at_source(config: Config, ledger: Ledger, parent: DatasetVersion, patient: bool) -> Arrivals | None:
-    """Look what arrived; None for built-in data, which does not grow."""
+def look_at_source(
+    config: Config, ledger: Ledger, parent: DatasetVersion, patient: bool, refused: Collection[str] = ()
+) -> Arrivals | None:
+    """Look what arrived, `refused` last; None for built-in data, which does not grow."""
     if config.data.source.startswith(EMBLEMS_SCHEME):
         return None
     settle_s = config.monitor.settle_s
-    found = arrivals.look(config, parent, ledger.state.cursor, settle_s=settle_s)
+    found = arrivals.look(config, parent, ledger.state.cursor, settle_s=settle_s, refused=refused)
     if patient and settle_s and any(one.reason in (rules.CHANGING, rules.CAPTIONS_CHANGING) for one in found.pending):
         say(f"{found.counts['pending']} files arrived just now: looking again in {settle_s:g} s whether they are whole")
         ledger.state.cursor = found.cursor
         time.sleep(settle_s)
-        found = arrivals.look(config, parent, found.cursor, settle_s=settle_s)
+        found = arrivals.look(config, parent, found.cursor, settle_s=settle_s, refused=refused)
     ledger.state.cursor = found.cursor
     return found
 
 
 def new_images(found: Arrivals) -> int:
-    """Pictures that are new, those beyond what one look reads included."""
+    """Pictures that a cycle takes, and those beyond what one look reads."""
     return found.num_pictures + found.counts["later"]
 
 
@@ -199,6 +208,22 @@ def refused_before(workspace: Workspace, state: State, parent: DatasetVersion) -
         if attempt["parent"] == parent.id and attempt["new"]:
             had |= {snapshot.key_of(one) for one in snapshot.thaw(workspace, attempt["cycle"]).new}
     return had
+
+
+def first_attempt(config: Config, state: State, source: str) -> str:
+    """Name what a first champion is made of: the source's snapshot and the recipe, a searched one included."""
+    return f"{source} {recipe_fingerprint(with_overrides(config, state.recipe), '', config.model.base)}"
+
+
+def refused_first(config: Config, state: State) -> dict[str, Any]:
+    """Say as evidence whether a first model of what the source holds was refused before; read only where one was."""
+    refused = {one["first"]: f"{one['cycle']}: {one['reasons'][0]}" for one in state.refused if "first" in one}
+    if not refused:
+        return {}
+    try:
+        return {"refused_first": refused.get(first_attempt(config, state, source_snapshot(config)), "")}
+    except (InputError, DataError, StorageError) as error:
+        return {"problem": str(error)}
 
 
 def asked(workspace: Workspace) -> str:

@@ -7,7 +7,7 @@ version. Nothing is decided here; what cannot be had is named with its reason.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.artifacts import Workspace, read_record
@@ -49,21 +49,21 @@ def gather(
     new = load_dataset(workspace.dataset_dir(contest.dataset))
     own_id = contest.facts.dataset if contest.facts else None
     own = _load(workspace, own_id)
-    fresh = _fresh_rows(new, own)
+    pictures, fresh = _judged_by(new, own)
     data = NewData(new.id, len(fresh), _seen(new, own, _load(workspace, contest.candidate.dataset)))
     if contest.champion is None or served.problem or (contest.facts and contest.facts.same_weights):
         return Evidence(data, served, contest.facts)
     comparable = evaluate.same_latents(*(model.directory for model in contest.pair))
     encoder = ClipEncoder(config.model.clip or embedded_clip())
-    performances = _measure(config, workspace, contest, new)
-    prompts = held_out(config, workspace, new).captions
+    held = held_out(_at(config, workspace, new), workspace, new)
+    performances = _measure(_at(config, workspace, new), workspace, contest, new, replace(held, pictures=pictures))
     return Evidence(
         data,
         served,
         contest.facts,
         new=_losses(new.id, performances, comparable, fresh),
         own=_own(config, workspace, contest, own_id, own, comparable),
-        prompts=_scores(encoder, prompts, performances),
+        prompts=_scores(encoder, held.captions, performances),
         anchors=_anchors(config, workspace, contest, encoder),
         coverage=_coverage(evaluated["scorecard"], evaluated["other_scorecard"] or {}),
     )
@@ -75,13 +75,17 @@ def _load(workspace: Workspace, dataset_id: str | None) -> DatasetVersion | None
     return load_dataset(workspace.dataset_dir(dataset_id))
 
 
-def _fresh_rows(new: DatasetVersion, own: DatasetVersion | None) -> list[int]:
-    """Which of the measured test pictures are new to the champion: where its data grew, not those that it had already.
+def _judged_by(new: DatasetVersion, own: DatasetVersion | None) -> tuple[list[Item], list[int]]:
+    """The test pictures to measure, and which rows of them are new to the champion: those that its data lacks.
 
-    Over all of them a model that learned what arrived would have to be better by the more the less has arrived.
+    Over all of them a model that learned what arrived would have to be better by the more the less has arrived. Where
+    there are more than are measured, the new ones come first: of a large dataset's first few thousand few are new.
     """
     known = {item.sha256 for item in own.items} if own is not None and own.id != new.id else set()
-    return [row for row, item in enumerate(new.split(TEST)[:MAX_LOSS_PICTURES]) if item.sha256 not in known]
+    tests = new.split(TEST)
+    if len(tests) > MAX_LOSS_PICTURES:
+        tests = [item for item in tests if item.sha256 not in known][:MAX_LOSS_PICTURES]
+    return tests, [row for row, item in enumerate(tests) if item.sha256 not in known]
 
 
 def _seen(new: DatasetVersion, own: DatasetVersion | None, trained: DatasetVersion | None) -> int:

@@ -68,7 +68,10 @@ class State:
     spent: list[dict[str, Any]] = field(default_factory=list)
     """Steps and GPU hours of cycles: {cycle, at, steps, gpu_hours}."""
     refused: list[dict[str, Any]] = field(default_factory=list)
-    """Attempts that must not be made again: {cycle, parent, new, run_id, dataset, reasons}."""
+    """Attempts that must not be made again: {cycle, parent, new, run_id, dataset, reasons}, one without a champion also
+    `first`, what it was made of."""
+    short: dict[str, Any] | None = None
+    """The last cycle that ended to wait for more pictures, and what it counted: {cycle, parent, fractions, splits}."""
 
 
 class Ledger:

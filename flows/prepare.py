@@ -103,6 +103,11 @@ def plan(config: Config) -> list[str]:
     ]
 
 
+def source_snapshot(config: Config) -> str:
+    """Hash what the source holds now and what decides acceptance; InputError when it is not there."""
+    return config.data.version or _read_source(config).snapshot
+
+
 def find_dataset(config: Config) -> DatasetVersion | None:
     """Return the complete dataset version of what the source holds now; None when there is none, or pixels are gone.
 
@@ -186,14 +191,13 @@ def source_root(config: Config) -> str:
             f"data.source expected a folder, s3://bucket/prefix or emblems://WORLD, found {redacted(text)!r}"
         )
     root = text.rstrip("/") if storage.is_s3(text) else str(Path(text).expanduser().absolute())
+    expected = f"data.source expected captioned pictures at {redacted(text)!r}, found"
     try:
         if storage.exists(root):
             return root
     except BucketError as error:
-        raise InputError(f"data.source expected captioned pictures at {redacted(text)!r}, found: {error}") from error
-    raise InputError(
-        f"data.source expected captioned pictures at {redacted(text)!r}, found nothing there; check the path"
-    )
+        raise InputError(f"{expected}: {error}") from error
+    raise InputError(f"{expected} nothing there; check the path")
 
 
 def _can_be_written(entry: storage.FileEntry) -> bool:

@@ -16,13 +16,15 @@ from cluster.registry import CHAMPION, Registry
 from cluster.reigns import PROMOTE
 from components.dataset import CARD, DatasetVersion
 from components.probation import Decay
+from components.triggers import WAIT
 from flows import evaluate, grow, prepare, probation, promote, snapshot, train, tune
 from flows.config import Config, with_overrides
 from flows.console import say
 from flows.continual import continued, search_due
 from flows.dataset_versions import named_version
 from flows.decay import decay_beside
-from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of
+from flows.enough import count_version
+from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of, refused_before
 from flows.ledger import Cycle, Ledger
 from flows.models import ResolvedModel, resolve_model
 from flows.serve import endpoint_of
@@ -69,10 +71,11 @@ def take_snapshot(desk: Desk) -> dict[str, Any]:
     begin = probation.look(desk.config)
     desk.cycle.look = None if begin is None else asdict(begin)
     if desk.first:
-        return {"parent": None, "new": 0}
+        return {"parent": None, "new": 0, "snapshot": prepare.source_snapshot(desk.config)}
     number = desk.cycle.champion_before or 0
     parent = parent_of(desk.config, desk.workspace, desk.registry.by_number(desk.config.name, number))
-    found = look_at_source(desk.config, desk.ledger, parent, patient=False)
+    had = refused_before(desk.workspace, desk.ledger.state, parent)
+    found = look_at_source(desk.config, desk.ledger, parent, patient=False, refused=had)
     if found is None:
         return {"parent": parent.id, "new": 0}
     desk.ledger.confirm()
@@ -95,6 +98,11 @@ def prepare_version(desk: Desk) -> dict[str, Any]:
     if not added:
         told = f"none of {found} arrivals is a picture that {parent.id} lacks" if found else "nothing arrived"
         return {**numbers, "ends": REFUSED, "reasons": [f"nothing to learn from: {told}"]}
+    champion = desk.registry.by_number(desk.config.name, desk.cycle.champion_before or 0)
+    enough, short = count_version(desk.config, (champion, parent), dataset)
+    if enough.problem:
+        desk.ledger.state.short = {"cycle": desk.cycle.id, **short}
+        return {**numbers, "ends": WAIT, "reasons": [enough.problem]}
     return numbers
 
 
@@ -126,12 +134,11 @@ def search_recipe(desk: Desk) -> dict[str, Any]:
 def train_run(desk: Desk) -> dict[str, Any]:
     """Train, going on where a killed run stopped; an attempt that was refused before is not made again."""
     config = run_config(desk, desk.ledger.state.recipe)
-    run_id = train.open_inputs(config).run_id(config)
+    run_id = desk.cycle.run_id = train.open_inputs(config).run_id(config)
     for attempt in desk.ledger.state.refused:
         if attempt["run_id"] == run_id:
             why = f"the same recipe and data were refused in {attempt['cycle']}: {attempt['reasons'][0]}"
             return {"run_id": run_id, "repeated": True, "ends": REFUSED, "reasons": [why]}
-    desk.cycle.run_id = run_id
     known = read_record(desk.workspace.run_dir(run_id)) is not None
     before = desk.ledger.gpu_hours_of(desk.cycle.id, "train")  # of attempts that were interrupted
     if not known:

@@ -163,6 +163,16 @@ def test_cycle_at_work_is_told_as_such_and_a_lost_end_is_not() -> None:
     assert "train end not told" in page_of(ended)
 
 
+def test_cycle_that_waited_for_more_pictures_has_ended() -> None:
+    at = {"time": "2026-11-22T10:00:00Z", "cycle": "c-1"}
+    end = {**at, "event": "cycle", "id": "c-1", "decision": "wait", "reasons": ["found 3 new test pictures"]}
+    lines = [{**at, "event": "stage", "state": "done", "stage": "prepare", "seconds": 5}, end]
+    html = page_of(lines)
+    assert ">waited for more</span>" in html and "c-1: wait" in html and "found 3 new test pictures" in html
+    assert 'class="refused"' in html and ">at work</span>" not in html
+    assert "1 cycle: 1 waited for more." in lead(tell(lines, "icons"))
+
+
 def test_stages_are_bars_on_the_scale_of_the_longest_cycle() -> None:
     at = {"time": "2026-11-22T10:00:00Z", "event": "stage", "state": "done"}
     lines = [

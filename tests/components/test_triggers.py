@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from components.enough import Enough
 from components.standing import RetrainSection
 from components.triggers import Decay, Drift, Evidence, decide
 
@@ -13,6 +14,7 @@ DAY = 86400.0
 QUIET = Evidence(now=NOW, champion=3, last_tick=NOW - 60, last_ended=NOW - 7 * DAY, planned_steps=100)
 ARRIVED = replace(QUIET, new_images=500)
 DRIFTED = Drift("drift", 0.4, ("images: effect 0.40 (p 0.001)",))
+SHORT = Enough(500, 19, 400, 20)
 WEEKLY = {"schedule": "0 3 * * 1"}
 
 
@@ -21,6 +23,13 @@ WEEKLY = {"schedule": "0 3 * * 1"}
     [
         (QUIET, {}, "wait", []),
         (replace(QUIET, champion=None), {}, "retrain", ["first_start"]),
+        (
+            replace(QUIET, champion=None, refused_first="cycle-0001: slow"),
+            {},
+            "wait",
+            ["first_start", "refused_before"],
+        ),
+        (replace(QUIET, champion=None, refused_first="cycle-0001: slow", manual="--force"), {}, "retrain", None),
         (replace(QUIET, champion=None, last_ended=NOW - 60), {}, "wait", ["cooldown", "first_start"]),
         (replace(QUIET, new_images=199), {}, "wait", []),
         (replace(QUIET, new_images=200), {}, "retrain", ["new_images"]),
@@ -48,6 +57,10 @@ WEEKLY = {"schedule": "0 3 * * 1"}
         (replace(ARRIVED, refused_images=450, drift=DRIFTED), {}, "retrain", ["drift"]),
         (replace(QUIET, new_images=60, refused_images=50, drift=DRIFTED), {"min_new_images": 5}, "retrain", None),
         (replace(ARRIVED, refused_images=500, manual="--force"), {}, "retrain", ["manual"]),
+        (replace(ARRIVED, enough=SHORT), {}, "wait", ["new_images", "too_few_pictures"]),
+        (replace(ARRIVED, enough=SHORT, manual="--force"), {}, "retrain", ["manual", "new_images"]),
+        (replace(ARRIVED, enough=Enough(500, 20, 400, 20)), {}, "retrain", ["new_images"]),
+        (replace(QUIET, enough=SHORT), WEEKLY, "wait", []),
         (replace(ARRIVED, problem="the bucket does not answer"), {}, "wait", ["new_images", "source"]),
         (replace(ARRIVED, last_tick=NOW - 3 * DAY), WEEKLY, "retrain", ["new_images", "schedule"]),
         (replace(QUIET, last_tick=NOW - 3 * DAY), WEEKLY, "wait", ["nothing_new", "schedule"]),
@@ -85,6 +98,20 @@ def test_all_triggers_that_speak_are_merged_with_their_numbers() -> None:
     assert decision.numbers["schedule"]["ticks"] == 30
 
 
+def test_what_waits_at_the_source_and_what_it_has_lost_is_told_whatever_is_decided() -> None:
+    found = replace(QUIET, pending={"caption_not_here_yet": 500, "still_changing": 3, "zero_bytes": 1}, missing=40)
+    waits, trains = (decide(one, RetrainSection()) for one in (found, replace(found, new_images=200)))
+    notes = [
+        "501 files wait: no caption (500), empty (1)",
+        "3 files wait: still changing",
+        "40 files of the champion's data are gone from the source or were replaced; its dataset version keeps them",
+    ]
+    assert waits.reasons[1:] == notes and trains.reasons == ["200 new pictures, 200 are enough", *notes]
+    assert waits.numbers["pending"] == {"caption_not_here_yet": 500, "zero_bytes": 1}
+    assert waits.numbers["missing"] == {"files": 40} and waits.numbers["changing"] == {"still_changing": 3}
+    assert waits.kinds == ["wait", "missing", "pending"], "what passes by itself makes no new wait"
+
+
 def test_no_comes_with_because_and_with_what_was_asked_for() -> None:
     found = replace(ARRIVED, last_ended=NOW - 60, spent_steps=950)
     decision = decide(found, RetrainSection(budget_steps_per_week=1000))
@@ -106,6 +133,7 @@ def test_no_comes_with_because_and_with_what_was_asked_for() -> None:
         (ARRIVED, True),  # it trains
         (QUIET, True),  # nothing to train on: this tick is over
         (replace(ARRIVED, refused_images=500), True),
+        (replace(ARRIVED, enough=SHORT), True),  # nothing that the gate could judge: this tick is over
         (replace(ARRIVED, last_ended=NOW - 60), False),  # it comes after the cool-down
         (replace(ARRIVED, spent_steps=10_000), False),
         (replace(ARRIVED, problem="nothing answers"), False),

@@ -26,6 +26,7 @@ from flows.arrivals import PLACE, look
 from flows.config import Config, load_config
 from flows.grow import grow
 from flows.ledger import state_uri
+from flows.snapshot import key_of
 from tests.faults import RESET, SHORTEN, SLOW_DOWN, TRUNCATE, Network, Rule
 
 pytestmark = pytest.mark.usefixtures("examined_here")
@@ -198,6 +199,35 @@ def test_more_than_a_look_may_read_comes_in_the_looks_after_it(tmp_path: Path, s
         arrived |= set(names(found.new))
     assert later == [8, 5, 2, 0]
     assert len(arrived) == 7 and len(parent.items) == 27
+
+
+def test_what_a_refused_attempt_had_takes_no_place_from_what_nobody_tried(tmp_path: Path, source: str) -> None:
+    config = config_of(tmp_path, source)
+    parent = made(config, source)
+    for index in range(100, 105):
+        put(source, index)
+    cursor = look(config, parent, None, SETTLE_S, limit=3, at=1000).cursor
+    first = look(config, parent, cursor, SETTLE_S, limit=3, at=1000 + SETTLE_S)
+    had = {key_of(one) for one in first.new}
+    again = look(config, parent, first.cursor, SETTLE_S, limit=3, at=1100, refused=had)
+    assert names(again.new) == ["103.png", "104.png", "100.png"], "those come first, the others fill what is left"
+    kinds = ("new", "refused", "later", "unsure")
+    assert [again.counts[kind] for kind in kinds] == [2, 3, 0, 0]
+    had |= {key_of(one) for one in again.new}
+    put(source, 90)
+    last = looked_twice_with(config, parent, again.cursor, had)
+    assert names(last.new) == ["090.png", "100.png", "101.png"]
+    assert [last.counts[kind] for kind in kinds] == [1, 5, 0, 0]
+    lost = look(config, parent, {**cursor, "listing": "0" * 24}, 0.0, limit=3, at=1300, refused=had)
+    assert [lost.counts[kind] for kind in kinds] == [1, 2, 3, 3], "unread, any of those for later may be a refused one"
+    assert len(had) == 5, "the caller's set stays whole"
+
+
+def looked_twice_with(
+    config: Config, parent: DatasetVersion, cursor: dict[str, Any] | None, refused: set[str]
+) -> Arrivals:
+    first = look(config, parent, cursor, SETTLE_S, limit=3, at=1200, refused=refused)
+    return look(config, parent, first.cursor, SETTLE_S, limit=3, at=1200 + SETTLE_S, refused=refused)
 
 
 def test_growth_moves_no_picture_between_splits_also_when_fractions_change(tmp_path: Path, source: str) -> None:

@@ -4,6 +4,7 @@ The stages are stood for by quick ones here, so that each of some fifty deaths t
 the real stages. Lease, fenced state and journal are real.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,18 +13,22 @@ from typing import Any
 
 import pytest
 
-from cluster import champion, lease
+from cluster import champion, lease, storage
 from cluster.artifacts import open_workspace, read_journal
 from cluster.errors import LeaseLostError, StorageError, TrackingError, WorkerError
 from cluster.lease import hold_lease
 from cluster.registry import CHAMPION, PREVIOUS, Registry
+from components.dataset import TEST, split_of
+from components.emblems import example
 from components.errors import DataError
+from components.images import to_png
 from components.standing import RetrainSection
 from components.triggers import Evidence, Reason, decide
-from flows import cycle, ledger, monitor, prepare, retrain, stages
+from flows import arrivals, cycle, ledger, monitor, prepare, retrain, stages
 from flows.config import Config, load_config, with_overrides
 from flows.findings import Findings
 from flows.ledger import Ledger, lease_place, look_at
+from flows.snapshot import key_of, thaw
 from tests.loop_world import arrive, crown, loop_config
 from tests.servers import free_port
 
@@ -383,6 +388,91 @@ def noting(trained: list[Config]) -> Callable[[Config], dict[str, Any]]:
         return {"steps": config.train.steps}
 
     return train
+
+
+def test_too_few_test_pictures_wait_for_more_and_nothing_is_trained_or_refused(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only `prepare` finds that some arrivals are too small to be used: the gate could not judge by what is left."""
+    trained: list[Config] = []
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+    small = Path(loop.data.source) / "small"
+    for index in range(12):
+        picture, caption = example("base", 9, index)
+        storage.write_bytes_atomic(f"{small}-{index:02}.txt", caption.encode())
+        storage.write_bytes_atomic(f"{small}-{index:02}.png", to_png(picture.resize((6, 6))))
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(loop.data.source).glob("[ds]*.png")]
+    tests = sum(split_of(one, 0.2, 0.2) == TEST for one in hashes)
+    strict = with_overrides(loop, {"gate.min_test_pictures": tests, "data.max_rejected_fraction": 1.0})
+    result = retrain.run(strict, once=True)
+    assert (result["decision"], result["champion_after"]) == ("wait", 1)
+    assert [one["stage"] for one in result["stages"]] == ["snapshot", "prepare"] and not trained
+    assert result["reasons"][0].startswith(f"the gate expects {tests} new test pictures (gate.min_test_pictures)")
+    state = look_at(open_workspace(loop.workspace))
+    assert (state.refused, state.turns) == ([], 0)
+    for _ in range(2):
+        waits = retrain.run(strict, once=True)
+        assert (waits["cycle"], waits["trigger"]["kinds"]) == (None, ["new_images", "too_few_pictures"])
+        assert waits["trigger"]["reasons"][0] == f"no, because {result['reasons'][0]}"
+    assert "asked for: 24 new pictures, 10 are enough" in waits["trigger"]["reasons"][1], "none is held against it"
+    stricter = with_overrides(strict, {"gate.min_test_pictures": tests + 1})
+    assert f"expects {tests + 1}" in retrain.run(stricter, once=True)["trigger"]["reasons"][0]
+    forced = retrain.run(strict, once=True, force=True)
+    assert (forced["decision"], forced["cycle"], trained) == ("wait", "cycle-0002", [])
+    arrive(loop.data.source, "drifted", 100, 40)
+    assert retrain.run(strict, once=True)["decision"] == "promoted" and len(trained) == 1
+
+
+def test_more_arrivals_than_a_cycle_takes_are_all_tried_and_then_no_more(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 arrivals, 9 a cycle; what a refused attempt had would fill every cycle, were places given by name."""
+    look, trained = arrivals.look, list[Config]()
+    monkeypatch.setattr(arrivals, "look", lambda *given, **named: look(*given, **named, limit=9))
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+    refusal = {"decision": "reject", "version": 2, "reasons": ["worse"], "ends": stages.REFUSED}
+    monkeypatch.setitem(cycle.STAGES, "gate", lambda desk: refusal)
+    config = with_overrides(loop, {"retrain.min_new_images": 3})
+    results = [retrain.run(config, once=True) for _ in range(4)]
+    assert [one["decision"] for one in results] == ["refused", "refused", "wait", "wait"] and len(trained) == 2
+    assert results[1]["trigger"]["reasons"] == ["3 new pictures (9 more were in a refused attempt), 3 are enough"]
+    assert "0 new pictures (12 more were in a refused attempt)" in results[2]["trigger"]["reasons"][0]
+    workspace = open_workspace(loop.workspace)
+    tried = [{key_of(one) for one in thaw(workspace, f"cycle-000{number}").new} for number in (1, 2)]
+    assert [len(one) for one in tried] == [9, 9] and len(tried[0] | tried[1]) == 12
+
+
+def test_a_first_model_that_was_refused_is_made_again_of_other_pictures_or_by_another_recipe_only(
+    tmp_path: Path,
+    tiny_pipelines: dict[int, Path],
+    empty_registry: Path,
+    examined_here: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "mlflow.db").write_bytes(empty_registry.read_bytes())
+    arrive(tmp_path / "source", "base", 0, 40)
+    config, trained = loop_config(tmp_path, tiny_pipelines[0]), list[Config]()
+    slow = {"decision": "reject", "version": 1, "reasons": ["too slow"], "ends": stages.REFUSED}
+    doubles = {"evaluate": lambda desk: {}, "gate": lambda desk: slow}
+    monkeypatch.setattr(cycle, "STAGES", {**stages.STAGES, **doubles})
+    monkeypatch.setattr(cycle, "local_session", lambda placement: nullcontext())
+    monkeypatch.setattr(stages.train, "run", noting(trained))
+
+    assert retrain.run(config, once=True)["decision"] == "refused"
+    for _ in range(2):
+        waits = retrain.run(config, once=True)
+        assert (waits["decision"], waits["trigger"]["kinds"]) == ("wait", ["first_start", "refused_before"])
+    assert "by the same recipe was refused in cycle-0001: too slow" in waits["trigger"]["reasons"][0]
+    forced = retrain.run(config, once=True, force=True)
+    assert (forced["decision"], forced["stages"][-1]["stage"], len(trained)) == ("refused", "train", 1)
+    run_ids = [attempt["run_id"] for attempt in look_at(open_workspace(config.workspace)).refused]
+    assert len(run_ids) == 2 and run_ids[0] and run_ids[0] == run_ids[1]
+    longer = with_overrides(config, {"train.steps": 7})
+    assert retrain.run(longer, once=True)["decision"] == "refused" and len(trained) == 2
+    assert retrain.run(longer, once=True)["decision"] == "wait"
+    arrive(tmp_path / "source", "base", 100, 1)
+    assert retrain.run(longer, once=True)["decision"] == "refused" and len(trained) == 3
 
 
 def test_measured_drift_is_a_reason_to_train_and_replays_more(loop: Config, monkeypatch: pytest.MonkeyPatch) -> None:

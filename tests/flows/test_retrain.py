@@ -76,6 +76,22 @@ def test_nothing_new_is_a_no_with_its_numbers_in_the_journal(served: Config) -> 
     assert (line["decision"], line["numbers"]["new_images"]) == ("wait", {"new": 0, "refused": 0, "least": 10})
 
 
+def test_pictures_without_captions_and_a_folder_that_shrank_are_told(served: Config) -> None:
+    arrive(source_of(served), "drifted", 0, 5)
+    for path in source_of(served).glob("drifted-*.txt"):
+        path.unlink()
+    for path in sorted(source_of(served).glob("base-*"))[:6]:
+        path.unlink()
+    waits = retrain.run(served, once=True)["trigger"]
+    assert waits["reasons"] == [
+        "no trigger: 0 new pictures, 10 are enough",
+        "5 files wait: no caption",
+        "6 files of the champion's data are gone from the source or were replaced; its dataset version keeps them",
+    ]
+    (line,) = journal_of(served, "trigger")
+    assert line["numbers"]["pending"] == {"caption_not_here_yet": 5} and line["numbers"]["missing"] == {"files": 6}
+
+
 def test_enough_new_pictures_wait_for_the_cool_down_and_the_budget(served: Config) -> None:
     arrive(source_of(served), "drifted", 0, 12)
     set_state(served, ended=time.time() - 60)
