@@ -185,13 +185,11 @@ def _read_source(config: Config) -> Source:
 
 def source_root(config: Config) -> str:
     """Return the folder or prefix where pictures arrive; InputError when it is none, or nothing is there."""
-    text = config.data.source
+    text, shown = config.data.source, repr(redacted(config.data.source))
     if not storage.is_s3(text) and "://" in text:
-        raise InputError(
-            f"data.source expected a folder, s3://bucket/prefix or emblems://WORLD, found {redacted(text)!r}"
-        )
+        raise InputError(f"data.source expected a folder, s3://bucket/prefix or emblems://WORLD, found {shown}")
     root = text.rstrip("/") if storage.is_s3(text) else str(Path(text).expanduser().absolute())
-    expected = f"data.source expected captioned pictures at {redacted(text)!r}, found"
+    expected = f"data.source expected captioned pictures at {shown}, found"
     try:
         if storage.exists(root):
             return root
