@@ -208,15 +208,15 @@ def _acquire(uri: str, owner: str, ttl_s: float, wait_s: float, notify: Callable
             if lease is not None:
                 return lease
             continue
+        if notify is not None and not told:
+            notify(f"waiting up to {wait_s:.0f} s for {posixpath.basename(uri)}, held by {describe(holder)}")
+            told = True
         watching = holder.machine != this_machine() and not watch.moved
         if time.monotonic() >= deadline and not watching:
             raise StorageError(
                 f"{uri} expected to be free, found held by {describe(holder)} after {wait_s:.0f} s of waiting; wait"
                 " for it to end, or end that process: its lease is then taken over"
             )
-        if notify is not None and not told:
-            notify(f"waiting up to {wait_s:.0f} s for {posixpath.basename(uri)}, held by {describe(holder)}")
-            told = True
         time.sleep(POLL_S if not storage.is_s3(uri) else max(POLL_S, min(1.0, holder.ttl_s / 10)))
 
 
