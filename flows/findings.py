@@ -83,19 +83,29 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
 
 
 def remember_rollback(config: Config, ledger: Ledger, champion: Version | None) -> None:
-    """What the last cycle promoted and a person rolled back is not made again: note it as refused. Not saved yet."""
-    state, last = ledger.state, ledger.state.last
-    if last is None or last["decision"] != PROMOTED or any(one["cycle"] == last["cycle"] for one in state.refused):
-        return
-    done = {entry["stage"]: entry for entry in last["stages"]}
-    number = done["gate"]["version"]
-    serves = champion is not None and champion.number == number
-    if serves or not was_rolled_back(read_journal(ledger.workspace), config.name, number):
-        return
-    arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
-    made = {"run_id": last["run_id"] or "", "dataset": last["dataset"]}
-    ledger.refuse({"cycle": last["cycle"], **arrived, **made, "reasons": [BY_HAND.format(number)]})
-    say(f"{BY_HAND.format(number)}: {last['cycle']}'s run and arrivals are not tried again")
+    """What a cycle promoted and a person rolled back is not made again: note it as refused. Not saved yet.
+
+    A person may think longer than the loop waits: the journal knows the cycle, whatever others ended since.
+    """
+    journal = read_journal(ledger.workspace)
+    moves, noted = reigns(journal, config.name), {one["cycle"] for one in ledger.state.refused}
+    stages: dict[str, dict[str, Any]] = {}
+    for line in journal:
+        if line["event"] == "stage" and line["state"] == "done":
+            stages.setdefault(line["cycle"], {})[line["stage"]] = line["numbers"]
+    for line in journal:
+        ours = line["event"] == "cycle" and str(line.get("run_id")).rpartition("-")[0] == config.name
+        if not ours or line["decision"] != PROMOTED or line["cycle"] in noted:
+            continue
+        done = stages.get(line["cycle"], {})
+        number = done.get("gate", {}).get("version")
+        serves = champion is not None and champion.number == number
+        if number is None or serves or not was_rolled_back(moves, config.name, number):
+            continue
+        arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
+        made = {"run_id": line["run_id"], "dataset": line["dataset"]}
+        ledger.refuse({"cycle": line["cycle"], **arrived, **made, "reasons": [BY_HAND.format(number)]})
+        say(f"{BY_HAND.format(number)}: {line['cycle']}'s run and arrivals are not tried again")
 
 
 def measure_drift(config: Config, seen: Arrivals) -> Drift:

@@ -345,6 +345,28 @@ def test_what_a_person_rolls_back_after_the_cycle_is_not_promoted_again(loop: Co
     refused_once(loop, "version 2 was rolled back by hand")
 
 
+def test_what_a_person_rolls_back_is_not_promoted_again_when_another_cycle_has_ended_since(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: Config) -> dict[str, Any]:
+        raise WorkerError("worker group expected to live, found it dead; look at its log")
+
+    assert retrain.run(loop, once=True)["decision"] == "promoted"
+    arrive(Path(loop.data.source), "drifted", 100, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.train, "run", broken)
+        assert retrain.run(loop, once=True, force=True)["decision"] == "failed"
+    cycle.rollback.run(loop)
+    for _ in range(2):  # it is noted once
+        waits = retrain.run(loop, once=True)
+        assert waits["decision"] == "wait" and aliases(loop) == [1, 2]
+        assert "5 new pictures (12 more were in a refused attempt)" in str(waits["trigger"]["reasons"])
+        (attempt,) = look_at(open_workspace(loop.workspace)).refused
+    facts = {"cycle": "cycle-0001", "new": 12, "reasons": ["version 2 was rolled back by hand"]}
+    assert facts.items() <= attempt.items()
+    assert attempt["run_id"].startswith("loop-") and attempt["parent"] != attempt["dataset"]
+
+
 def test_what_a_person_rolls_back_while_it_is_watched_is_not_promoted_again(
     loop: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
