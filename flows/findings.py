@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.artifacts import Workspace, read_journal, read_record
-from cluster.errors import RegistryError, StorageError, WorkerError
+from cluster.errors import DamagedError, LeaseLostError, RegistryError, StorageError, WorkerError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
 from cluster.reigns import reigns, was_rolled_back
 from components import arrivals as rules
@@ -26,8 +26,12 @@ from flows.config import Config
 from flows.console import say
 from flows.ledger import BY_HAND, PROMOTED, Ledger, State, asked_uri
 
-CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
-"""What keeps a measurement from saying anything, and the loop from nothing else."""
+CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError, DamagedError)
+"""What keeps a measurement from saying anything, and the loop from nothing else.
+
+Of a storage's errors those alone that no waiting mends, such as a reference that is not as it was pinned: one that does
+not answer now answers later, and what was missed meanwhile is looked at then.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
     evidence = replace(evidence, new_images=new_images(seen), refused_images=refused)
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
-    drift = measure_drift(config, seen) if config.retrain.on_drift else None
+    drift = measure_drift(config, ledger, seen) if config.retrain.on_drift else None
     decay = _decay(config, workspace, champion, parent, seen) if config.retrain.max_decay else None
     evidence = replace(evidence, drift=drift, decay=decay)
     return Findings(evidence, champion, parent, seen, drift.effect if drift else 0.0, request)
@@ -108,12 +112,18 @@ def remember_rollback(config: Config, ledger: Ledger, champion: Version | None) 
         say(f"{BY_HAND.format(number)}: {line['cycle']}'s run and arrivals are not tried again")
 
 
-def measure_drift(config: Config, seen: Arrivals) -> Drift:
-    """Ask the monitor; what it cannot say now is said in its place, and is no reason to train."""
+def measure_drift(config: Config, ledger: Ledger, seen: Arrivals) -> Drift:
+    """Ask the monitor; what it cannot say now is said in its place, and is no reason to train.
+
+    LeaseLostError where it is the loop's own lease that is lost; that the monitor lost its own ends only its look.
+    """
     from flows import monitor
 
     try:
         found = monitor.run(config, cursor=seen.cursor)
+    except LeaseLostError as error:
+        ledger.confirm()
+        return Drift("not_enough_data", 0.0, (str(error),))
     except CANNOT_SAY as error:
         return Drift("not_enough_data", 0.0, (str(error),))
     effect = float(found["drift"]) if found["verdict"] == DRIFTED else 0.0

@@ -17,7 +17,7 @@ from PIL import Image
 from cluster.artifacts import open_workspace, read_journal
 from cluster.capture import SCHEMA
 from cluster.champion import move_champion
-from cluster.errors import RegistryError, StorageError
+from cluster.errors import DamagedError, RegistryError
 from cluster.fencing import peek_fenced
 from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, Registry
 from components.arrivals import CHANGING, NO_CAPTION_YET
@@ -227,8 +227,12 @@ def test_a_reference_is_pinned_once_and_checked_whenever_it_is_read(
         looked(with_overrides(config, {"monitor.encoder": str(workspace)}))
     words_file = next(pinned.directory.glob("words-*"))
     words_file.write_bytes(words_file.read_bytes()[:-1] + b"x")
-    with pytest.raises(StorageError, match="expected to be as it was pinned for version 1"):
+    with pytest.raises(DamagedError, match="expected to be as it was pinned for version 1"):
         looked(config)
+    record = pinned.directory / "record.json"
+    record.write_bytes(record.read_bytes()[:-20])
+    with pytest.raises(DamagedError, match=r"expected to describe the reference of version 1.*pin the reference anew"):
+        monitor.run(config)
     shutil.rmtree(pinned.directory)
     again = reference.pin(config, 1)
     assert (again.sha256, again.files) == (pinned.sha256, pinned.files)
