@@ -161,8 +161,7 @@ def budget(config: Config, state: State, first: bool) -> dict[str, Any]:
     whole = first or is_anchor(config.retrain, turn)
     steps = config.train.steps if whole else config.retrain.steps or config.train.steps
     if search_due(config.retrain, state.searched, turn):
-        trials = config.search.trials * steps
-        steps += min(trials, config.search.budget_steps + steps) if config.search.budget_steps else trials
+        steps += search_steps(config, steps)
     trained = [entry for entry in state.spent if entry["what"] == "train" and entry["steps"]]
     hours = trained[-1]["gpu_hours"] * steps / trained[-1]["steps"] if trained else 0.0
     return {
@@ -171,6 +170,12 @@ def budget(config: Config, state: State, first: bool) -> dict[str, Any]:
         "spent_steps": sum(entry["steps"] for entry in state.spent),
         "spent_gpu_hours": sum(entry["gpu_hours"] for entry in state.spent),
     }
+
+
+def search_steps(config: Config, steps: int) -> int:
+    """Return the most that a search takes whose trials have at most `steps` steps."""
+    trials = config.search.trials * steps
+    return min(trials, config.search.budget_steps + steps) if config.search.budget_steps else trials
 
 
 def parent_of(config: Config, workspace: Workspace, champion: Version) -> DatasetVersion:
