@@ -104,7 +104,7 @@ def _prompts_alone(reference: Items, prompts: Texts | None) -> Items:
 
 def numbers_of(found: Look, config: Config) -> dict[str, Any]:
     """The look as the JSON tells it. `threshold` is the level that a stream's p-value must not exceed."""
-    streams = {
+    streams: dict[str, dict[str, Any]] = {
         one.stream: {
             "p_value": one.p_value,
             "effect": one.effect,
