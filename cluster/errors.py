@@ -22,6 +22,10 @@ class BucketError(StorageError):
     exit_code = 2
 
 
+class DamagedError(StorageError):
+    """What was written once is there and not as it was, or a part of it is gone: no waiting mends that."""
+
+
 class LeaseLostError(StorageError):
     """Another process took the lease over, or wrote with a newer token; nothing was changed by the late one."""
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from cluster import storage
-from cluster.errors import LeaseLostError, StorageError
+from cluster.errors import DamagedError, LeaseLostError, StorageError
 from cluster.stage_names import shared
 
 MAX_TRIES = 20
@@ -19,7 +19,7 @@ MAX_TRIES = 20
 def read_fenced(uri: str, token: int) -> Any | None:
     """Return the file's value (None when there is none) and keep holders of older tokens from writing it from now on.
 
-    LeaseLostError when a newer token has touched it.
+    LeaseLostError when a newer token has touched it, DamagedError when it is no such file.
     """
     uri = shared(uri)
     for _ in range(MAX_TRIES):
@@ -56,7 +56,7 @@ def _load(uri: str) -> tuple[Any | None, int, str | None]:
         record = json.loads(content)
         return record["value"], int(record["token"]), tag
     except (ValueError, TypeError, KeyError) as error:
-        raise StorageError(
+        raise DamagedError(
             f'{uri} expected to be {{"token": N, "value": ...}}, found {content[:80]!r}; restore or remove it'
         ) from error
 

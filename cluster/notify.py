@@ -16,7 +16,7 @@ from cluster import s3
 from cluster.errors import PlacementError
 from cluster.hook_command import check_command, run_command
 from cluster.redaction import redacted
-from cluster.webhook import check_address, post, read_key
+from cluster.webhook import check_address, post, read_key, shown
 
 VERSIONS = ("version", "champion", "previous", "champion_before", "champion_after")
 MADE_OF = ("name", "cycle", "id", "stage", "state", "run_id", "dataset")
@@ -57,6 +57,12 @@ def check(section: Receivers) -> None:
         read_key(section.webhook_secret_file)
     if section.command:
         check_command(section.command)
+
+
+def named(webhook: str, command: str) -> dict[str, str]:
+    """Name the receivers for whoever may read a record: scheme and host, and the program; the rest may be a secret."""
+    program = PurePosixPath(check_command(command, look=False)[0]).name if command else ""
+    return {"webhook": shown(webhook) if webhook else "", "command": program}
 
 
 def message_of(line: Mapping[str, Any], workspace: str) -> dict[str, Any]:

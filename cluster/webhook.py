@@ -127,7 +127,7 @@ def post(
     if not found:
         return ""
     times = f" ({attempts} attempts)" if attempts > 1 else ""
-    return f"webhook {_shown(address)} expected to take the message, found: {found}{times}"
+    return f"webhook {shown(address)} expected to take the message, found: {found}{times}"
 
 
 def _within(limit_s: float, address: str, headers: dict[str, str], body: bytes) -> tuple[str, bool]:
@@ -164,7 +164,7 @@ def _attempt(limit_s: float, address: str, headers: dict[str, str], body: bytes)
         return "", False
     if 300 <= status < 400:
         return (
-            f"status {status}, a redirect to {_shown(location)}; redirects are not followed: name that address",
+            f"status {status}, a redirect to {shown(location)}; redirects are not followed: name that address",
             False,
         )
     return f"status {status}", status >= 500 or status in AGAIN
@@ -173,15 +173,16 @@ def _attempt(limit_s: float, address: str, headers: dict[str, str], body: bytes)
 def _told(error: Exception, address: str) -> str:
     """What a library says of a failed call, in one line and without the address."""
     text = (str(error) or type(error).__name__).splitlines()[0]
-    return redacted(text.replace(address, _shown(address)), s3.secrets())[:MOST_CHARS]
+    return redacted(text.replace(address, shown(address)), s3.secrets())[:MOST_CHARS]
 
 
-def _shown(address: str) -> str:
+def shown(address: str) -> str:
     """Scheme and host of an address; whatever else is in it may be a secret."""
     try:
         parts = urlsplit(address)
         port = f":{parts.port}" if parts.port else ""
-        shown = f"{parts.scheme}://{parts.hostname}{port}" if parts.hostname else "the same host"
+        host = f"[{parts.hostname}]" if parts.hostname and ":" in parts.hostname else parts.hostname
+        found = f"{parts.scheme}://{host}{port}" if host else "the same host"
     except ValueError:
         return "an address that cannot be read"
-    return "".join(character for character in shown if character.isprintable())[:MOST_CHARS]
+    return "".join(character for character in found if character.isprintable())[:MOST_CHARS]

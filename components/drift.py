@@ -84,8 +84,18 @@ class StreamFinding:
 
 
 @dataclass(frozen=True)
+class Untested:
+    """A stream that was asked for and could not be compared; the verdict says nothing of it."""
+
+    stream: str
+    num_reference: int
+    num_arrivals: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Look:
-    """The verdict over all streams."""
+    """The verdict over all streams that were tested."""
 
     verdict: Outcome
     reasons: tuple[str, ...]
@@ -94,6 +104,7 @@ class Look:
     encoder: str
     streams: tuple[StreamFinding, ...]
     statistics: tuple[Change, ...]
+    untested: tuple[Untested, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -108,23 +119,35 @@ class Explanation:
     words: tuple[Word, ...]
 
 
-def look(reference: Items, arrivals: Items, level: float, seed: int, settings: DriftSettings = DriftSettings()) -> Look:
+def look(
+    reference: Items,
+    arrivals: Items,
+    level: float,
+    seed: int,
+    settings: DriftSettings = DriftSettings(),
+    untested: tuple[Untested, ...] = (),
+) -> Look:
     """Compare arrivals with the reference; the chance of a false alarm is at most `level`, all streams together.
 
     `level` is `false_alarms.next_look`'s. Each stream, and the set of simple statistics, tests at an equal share of it.
+    `untested` are streams that the settings leave out since the caller has too little of them.
     """
     check_encoders(reference, arrivals)
     if not 0 < level < 1:
         raise InputError(f"a look expects a level in (0, 1), found {level}; some time must pass since the look before")
     reference, arrivals = compared(reference, arrivals, seed, settings.most_items)
     streams = [name for name in settings.streams if name != PROMPTS or arrivals.prompts is not None]
+    if len(streams) < len(settings.streams) and PROMPTS not in [one.stream for one in untested]:
+        untested = (*untested, Untested(PROMPTS, len(reference), 0, "there are no served prompts"))
     counted = bool(set(reference.statistics) & set(arrivals.statistics))
-    share = shares(level, len(streams) + counted)
+    share = shares(level, max(1, len(streams) + counted))
     findings = tuple(
         _finding(name, reference, arrivals, share, seed + 1 + place, settings) for place, name in enumerate(streams)
     )
     changes = compare_statistics(reference.statistics, arrivals.statistics, share, seed) if counted else ()
-    return Look(*_verdict(findings, changes, share), level, seed, reference.encoder, findings, changes)
+    verdict, reasons = _verdict(findings, changes, share)
+    reasons += tuple(f"{one.stream}: not tested: {one.why}" for one in untested)
+    return Look(verdict, reasons, level, seed, reference.encoder, findings, changes, untested)
 
 
 def explain(reference: Items, arrivals: Items, finding: StreamFinding) -> Explanation:
@@ -213,7 +236,10 @@ def _sentence(finding: StreamFinding, p_value: float, effect: float) -> str:
 def _verdict(
     findings: tuple[StreamFinding, ...], changes: tuple[Change, ...], share: float
 ) -> tuple[Outcome, tuple[str, ...]]:
-    """Drift if anything drifted, else not enough data if anything lacks it; reasons begin with what decided."""
+    """Drift if anything drifted, else not enough data if anything lacks it; reasons begin with what decided.
+
+    Where no stream was tested, statistics that stayed as they were are no evidence that nothing has drifted.
+    """
     moved = [change for change in changes if change.adjusted <= share and change.large_enough]
     reasons = [
         f"{STATISTICS}: {change.name} went from {change.reference:.3g} to {change.arrivals:.3g}"
@@ -223,6 +249,6 @@ def _verdict(
     order: tuple[Outcome, ...] = ("drift", "not_enough_data", "no_drift")
     told = [finding.sentence for outcome in order for finding in findings if finding.verdict == outcome]
     verdicts = {finding.verdict for finding in findings}
-    verdict: Outcome = "drift" if moved else next((outcome for outcome in order if outcome in verdicts), "no_drift")
+    verdict: Outcome = "drift" if moved else next(filter(verdicts.__contains__, order), "not_enough_data")
     drifted = sum(finding.verdict == "drift" for finding in findings)
     return verdict, (*told[:drifted], *reasons, *told[drifted:])

@@ -83,7 +83,7 @@ def make_drift_page(
     settings: Mapping[str, str],
 ) -> str:
     """The whole HTML document; `past` are all looks of this reference that tested, this one last."""
-    sections = [section("The streams", _shares(look), _streams(look.streams, smallest_effect))]
+    sections = [section("The streams", _shares(look), _streams(look, smallest_effect))]
     owner = next((name for name in ("captions", "images", "alignment") if name in drifted), "")  # of the same words
     sections += [_what_drifted(name, shown, name in (owner, "prompts")) for name, shown in drifted.items()]
     if look.statistics:
@@ -98,12 +98,14 @@ def make_drift_page(
 def _lead(look: Look) -> str:
     """The verdict in a sentence, and what it is about."""
     names = [STREAMS[one.stream][0].lower() for one in look.streams if one.verdict == look.verdict]
+    left_out = [STREAMS[one.stream][0].lower() for one in look.untested]
+    untested = f" Not tested: {_listed(left_out)}." if left_out else ""
     moved = [STATISTICS[one.name].lower() for one in look.statistics if _moved(look, one)]
     if look.verdict != "drift":
         lacking = f" Of too few items: {_listed(names)}." if look.verdict == "not_enough_data" and names else ""
-        return HEADS[look.verdict] + lacking
+        return HEADS[look.verdict] + lacking + untested
     told = f" Drifted: {_listed(names)}." if names else ""
-    return HEADS["drift"] + told + (f" Moved: {_listed(moved)}." if moved else "")
+    return HEADS["drift"] + told + (f" Moved: {_listed(moved)}." if moved else "") + untested
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -115,13 +117,13 @@ def _moved(look: Look, one: Change) -> bool:
 
 
 def _shares(look: Look) -> str:
-    parts = len(look.streams) + bool(look.statistics)
+    parts = max(1, len(look.streams) + bool(look.statistics))
     return f"This look tested at {look.level:.2g}, shared by {parts}: each at {look.level / parts:.2g}."
 
 
-def _streams(findings: Sequence[StreamFinding], smallest_effect: float) -> str:
+def _streams(look: Look, smallest_effect: float) -> str:
     lines = []
-    for one in findings:
+    for one in look.streams:
         name, question = STREAMS[one.stream]
         word, kind = VERDICTS[one.verdict]
         auroc = f"{one.auroc.value:.2f}<small>{one.auroc.low:.2f} to {one.auroc.high:.2f}</small>" if one.auroc else ""
@@ -138,6 +140,10 @@ def _streams(findings: Sequence[StreamFinding], smallest_effect: float) -> str:
             f'<span class="{kind}">{word}</span>{needed}',
         ]
         lines.append(_row(cells))
+    for left in look.untested:
+        name, question = STREAMS[left.stream]
+        sizes, why = f"{left.num_reference} : {left.num_arrivals}", f"not tested<small>{escape(left.why)}</small>"
+        lines.append(_row([f"{name}<small>{escape(question)}</small>", "", "", "", sizes, why]))
     titles = ("stream", "effect", "p", "AUROC", "reference : window", "verdict")
     return _table(titles, lines)
 

@@ -1,7 +1,8 @@
 """Which candidates are usable pictures with captions, and what are their pixels at the training resolution?
 
 One worker's part of `prepare`: read, hash, decode, check, crop and scale, store the pixels under the hash of the bytes,
-and report one row for each candidate. A picture whose pixels are stored already is hashed but not decoded again.
+and report one row for each candidate. A picture whose pixels are stored already is hashed but not decoded again, nor is
+a table's row that a sample (`Sampling`) cannot take.
 How bytes are read is handed in; nothing here knows where they are.
 """
 
@@ -11,10 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from components.dataset import Found
 from components.images import DECOMPRESSION_BOMB, TOO_SMALL, Limits, PictureError, decode, preprocess, to_png
+from components.reservoir import Keys, Reservoir, add, key_of, would_enter
 from components.sources import (
     MISSING_FILE,
     UNREADABLE_CAPTION,
@@ -57,6 +60,18 @@ class SourceFiles(Protocol):
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """A sample that is all somebody wants of the rows of tables: the smallest priorities by the hash of their bytes."""
+
+    size: int
+    seed: int
+    waited_for: tuple[str, ...]
+    """Reasons of rows that the sample does not take."""
+    known: Keys
+    """Keys of pictures that it does not take, sorted."""
+
+
+@dataclass(frozen=True)
 class ExamineJob:
     """What a worker needs besides its candidates."""
 
@@ -66,6 +81,8 @@ class ExamineJob:
     resolution_px: int
     pixels: Path
     """Folder of the pixel store."""
+    sampling: Sampling | None = None
+    """Rows of tables that this sample cannot take are told with their hash alone, width 0; None: all are examined."""
 
 
 def candidate_blocks(candidates: list[Candidate], rows: int = SHARD_ROWS) -> list[pa.Table]:
@@ -85,12 +102,14 @@ def make_examiner(job: ExamineJob) -> Callable[[pa.Table], pa.Table]:
     """Return the function that examines a block of candidates and reports FOUND_SCHEMA rows."""
     store = ShardStore(job.pixels)
     sizes = stored_sizes(store)
+    sampler = _Sampler(job.sampling) if job.sampling is not None else None
 
     def examine(block: pa.Table) -> pa.Table:
         rows, pending = [], []
         for row in block.to_pylist():
+            wanted = sampler if row["row_group"] >= 0 else None
             for candidate, content in _contents(Candidate(**row), job):
-                found, png = _examine_one(candidate, content, job, sizes)
+                found, png = _examine_one(candidate, content, job, sizes, wanted)
                 rows.append({**asdict(found), "uri": job.files.uri(candidate.name), "shard": ""})
                 if png is not None:
                     sizes[found.sha256] = (found.width_px, found.height_px)
@@ -101,6 +120,25 @@ def make_examiner(job: ExamineJob) -> Callable[[pa.Table], pa.Table]:
         return pa.Table.from_pylist(rows, schema=FOUND_SCHEMA)
 
     return examine
+
+
+class _Sampler:
+    """Which rows may the sample take that were read here? What it takes of all rows is among them."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._rules = sampling
+        self._best = Reservoir(sampling.size, sampling.seed)
+
+    def passes_over(self, sha256: str) -> bool:
+        key, known, kept = np.uint64(key_of(sha256)), self._rules.known, self._best.keys
+        place = int(np.searchsorted(known, key))
+        if place < len(known) and known[place] == key:
+            return True
+        return bool(len(kept) and key != kept[-1] and not would_enter(self._best, [key])[0])
+
+    def take(self, found: Found) -> None:
+        if found.reason not in self._rules.waited_for:
+            self._best = add(self._best, [key_of(found.sha256)], {})
 
 
 def stored_sizes(store: ShardStore) -> dict[str, tuple[int, int]]:
@@ -141,7 +179,11 @@ def _with_caption(candidate: Candidate, job: ExamineJob) -> Candidate:
 
 
 def _examine_one(
-    candidate: Candidate, content: bytes | None, job: ExamineJob, sizes: dict[str, tuple[int, int]]
+    candidate: Candidate,
+    content: bytes | None,
+    job: ExamineJob,
+    sizes: dict[str, tuple[int, int]],
+    sampler: _Sampler | None,
 ) -> tuple[Found, bytes | None]:
     """Return what was found and, when they are not stored yet, the preprocessed pixels as PNG."""
     caption = (candidate.caption or "").strip()
@@ -149,6 +191,17 @@ def _examine_one(
     if reason or content is None:
         return Found("", caption, reason=reason), None
     sha256 = hashlib.sha256(content).hexdigest()
+    if sampler is not None and content and sampler.passes_over(sha256):
+        return Found("", caption, sha256), None
+    found, png = _decoded(caption, sha256, content, job, sizes)
+    if sampler is not None:
+        sampler.take(found)
+    return found, png
+
+
+def _decoded(
+    caption: str, sha256: str, content: bytes, job: ExamineJob, sizes: dict[str, tuple[int, int]]
+) -> tuple[Found, bytes | None]:
     if sha256 in sizes:
         width_px, height_px = sizes[sha256]
         return Found("", caption, sha256, width_px, height_px, _size_problem(width_px, height_px, job.limits)), None

@@ -72,7 +72,7 @@ class Shared:
 
     def run(self, module: str, call: Callable[[Any, Any], dict[str, Any]]) -> None:
         """Import `flows.<module>`, make `call(module, config)` or tell its plan, print the JSON object if asked for."""
-        from flows.config import load_config, with_overrides
+        from flows.config import load_config, told_config, with_overrides
 
         uri = self.workspace or os.environ.get("FRESCO_WORKSPACE")
         config = load_config(self.config, self.preset, self.set, uri)
@@ -83,7 +83,7 @@ class Shared:
         verb = importlib.import_module(f"flows.{module}")
         if self.dry_run:
             steps = verb.plan(config) if hasattr(verb, "plan") else [f"run fresco {module} with this config"]
-            result = {"verb": module, "config": config.model_dump(), "steps": steps}
+            result = {"verb": module, "config": told_config(config.model_dump()), "steps": steps}
             if not self.as_json:
                 import yaml
 

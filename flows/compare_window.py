@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.artifacts import Workspace
-from components.drift import DriftSettings, Look, look
+from components.drift import DriftSettings, Look, Untested, look
 from components.drift_items import item_table, make_items, with_near_duplicates
 from components.drift_streams import PROMPTS, Items, Texts
 from flows.config import Config
@@ -58,7 +58,9 @@ def compare(
     table = table.slice(0, section.window)  # in the order of hashes, so a part is a uniform sample
     reference = make_items(table, eye.identity, known, sides.reference.rejected_flags())
     prompts = sides.served.texts if sides.num_prompts >= FEWEST else None
-    streams: tuple[str, ...] = section.streams
+    untested = _untested(config, sides)
+    left_out = {one.stream for one in untested}
+    streams = tuple(name for name in section.streams if name not in left_out)
     if len(pictures) >= FEWEST:
         job = ensure_features(
             config, workspace, eye, {one.sha256 for one in pictures}, {one.caption for one in pictures}
@@ -67,7 +69,7 @@ def compare(
         arrivals = make_items(item_table(pictures, job), eye.identity, known, rejected, prompts)
         reference, arrivals = with_near_duplicates(reference, arrivals)
     else:
-        pictures, streams = [], (PROMPTS,)
+        pictures = []
         arrivals = _prompts_alone(reference, prompts)
     settings = DriftSettings(
         section.smallest_concept,
@@ -78,8 +80,20 @@ def compare(
         streams,
     )
     say(f"  comparing {len(reference)} pictures of the reference with {len(arrivals)} arrivals at level {level:.2g}")
-    found = look(reference, arrivals, level, int(sides.reference.sha256[8:16], 16) + looks, settings)
+    found = look(reference, arrivals, level, int(sides.reference.sha256[8:16], 16) + looks, settings, untested)
     return found, Compared(reference, arrivals, table["sha256"].to_pylist(), [one.sha256 for one in pictures])
+
+
+def _untested(config: Config, sides: Sides) -> tuple[Untested, ...]:
+    """The streams that were asked for and have too little to compare, with what they have."""
+    pictures, prompts = len(sides.window.pictures), sides.num_prompts
+    found = []
+    for name in config.monitor.streams:
+        count, what = (prompts, "served prompts") if name == PROMPTS else (pictures, "new pictures")
+        if count < FEWEST:
+            why = f"{count} {what} so far; a look compares from {FEWEST} on"
+            found.append(Untested(name, sides.reference.size, count, why))
+    return tuple(found)
 
 
 def _prompts_alone(reference: Items, prompts: Texts | None) -> Items:
@@ -90,7 +104,7 @@ def _prompts_alone(reference: Items, prompts: Texts | None) -> Items:
 
 def numbers_of(found: Look, config: Config) -> dict[str, Any]:
     """The look as the JSON tells it. `threshold` is the level that a stream's p-value must not exceed."""
-    streams = {
+    streams: dict[str, dict[str, Any]] = {
         one.stream: {
             "p_value": one.p_value,
             "effect": one.effect,
@@ -104,6 +118,7 @@ def numbers_of(found: Look, config: Config) -> dict[str, Any]:
         }
         for one in found.streams
     }
+    streams |= {one.stream: {**_lacking(one.num_reference, one.num_arrivals), "why": one.why} for one in found.untested}
     statistics = {
         one.name: {
             "p_value": one.p_value,
@@ -126,12 +141,17 @@ def numbers_of(found: Look, config: Config) -> dict[str, Any]:
     }
 
 
+def _lacking(num_reference: int, num_arrivals: int) -> dict[str, Any]:
+    """The numbers of a stream that was not tested."""
+    numbers = {"n_reference": num_reference, "n_window": num_arrivals}
+    return {"p_value": None, "effect": None, "threshold": None, **numbers, "verdict": "not_enough_data"}
+
+
 def nothing(config: Config, sides: Sides) -> dict[str, Any]:
     """The numbers of a look that could not test anything."""
     pictures, prompts = len(sides.window.pictures), sides.num_prompts
-    empty = {"p_value": None, "effect": None, "threshold": None, "n_reference": sides.reference.size}
     streams = {
-        name: {**empty, "n_window": prompts if name == PROMPTS else pictures, "verdict": "not_enough_data"}
+        name: _lacking(sides.reference.size, prompts if name == PROMPTS else pictures)
         for name in config.monitor.streams
     }
     return {

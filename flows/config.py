@@ -7,6 +7,7 @@ No torch, no ray: a wrong key is answered in well under a second.
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from pydantic import ValidationError, field_validator, model_validator
 
 from cluster.artifacts import NEEDS_TRACKING
-from cluster.notify import check_form
+from cluster.notify import check_form, named
 from cluster.placement import PlacementSection, ServeSection
 from cluster.redaction import holds_credentials, redacted
 from components.errors import InputError
@@ -99,6 +100,16 @@ def with_overrides(config: Config, overrides: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise InputError(_explain(error)) from None  # its text quotes what it was given
+
+
+def told_config(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dumped config as records, pages and terminals may tell it: whom the loop notifies, and not where.
+
+    It is a config as well, of everything but the loop's notifications.
+    """
+    section = tree.get("retrain") or {}
+    names = named(section.get("webhook", ""), section.get("command", "")) if section else {}
+    return {**tree, "retrain": {**section, **names}} if section else dict(tree)
 
 
 def recipe_fingerprint(config: Config, dataset_id: str, base_fingerprint: str) -> str:

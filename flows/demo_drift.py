@@ -43,7 +43,15 @@ LOOP = {
     "retrain.most_replay_fraction": 0.5,
 }
 DONE = "demo-drift.json"
+LEAST_NEW, MOST_LOST = 0.7, 0.03
+"""Shares of pictures: those that show the new words in the end, and those fewer than before that show the old ones."""
 Stage = Callable[[str, str], AbstractContextManager[None]]
+
+
+class UnmetError(RuntimeError):
+    """The demo ran to its end, and what came of it is not what it promises."""
+
+    exit_code = 1
 
 
 def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Stage) -> dict[str, Any]:
@@ -108,6 +116,33 @@ def plan() -> list[str]:
         "retrain --once while a client keeps asking",
         "ask both champions for the same captions of either world; timeline",
     ]
+
+
+def promises(found: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What the second act promises beside what came of it: {what, expected, found, met}.
+
+    `found` is what `drift` returned, None where the gate refused the first act's winner: there is no second act then.
+    """
+    if found is None:
+        missing = "no second act: the gate refused the search's winner"
+        return [{"what": "the loop's cycle", "expected": "promoted", "found": missing, "met": False}]
+    new, old, client = found["words"]["new"], found["words"]["old"], found["client"]
+    shown, lost = new["after"]["value"], old["before"]["value"] - old["after"]["value"]
+    lines = [
+        ("the monitor", "drift", found["verdict"], found["verdict"] == "drift"),
+        ("the loop's cycle", "promoted", found["cycle"]["decision"], found["cycle"]["decision"] == "promoted"),
+        ("new words shown", f"at least {LEAST_NEW:.0%}", f"{shown:.1%}", shown >= LEAST_NEW),
+        ("old words lost", f"at most {MOST_LOST:.0%}", f"{lost:.1%}", round(lost, 6) <= MOST_LOST),
+        ("failed requests", f"none of {client['requests']}", str(client["failed"]), client["failed"] == 0),
+    ]
+    return [dict(zip(("what", "expected", "found", "met"), line, strict=True)) for line in lines]
+
+
+def check(kept: list[dict[str, Any]]) -> None:
+    """UnmetError, in one line, where a promise was not kept."""
+    broken = [f"{one['what']} {one['expected']}, found {one['found']}" for one in kept if not one["met"]]
+    if broken:
+        raise UnmetError(f"the demo expected {'; '.join(broken)}; its reports, named above, say more")
 
 
 def tell(found: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from components.models import embedded_base, embedded_clip, load_parts
 from components.plots import Curve
 from components.report import rounded
 from components.scorecard import ADHERENCE, CLIP, KID, LOSS, TITLES
-from flows.config import Config
+from flows.config import Config, told_config
 from flows.console import say, step
 from flows.dataset_versions import named_version
 from flows.drawing import fingerprint_of, to_png
@@ -85,7 +85,7 @@ def run(config: Config, model: str, dataset: str = "", against: str = "") -> dic
         "against": evaluation.against,
         "dataset": data.dataset.id,
         "facts": facts,
-        "config": config.model_dump(),
+        "config": told_config(config.model_dump()),
         **numbers_of(evaluation),
     }
     write_json_atomic(paths["json"], record)
@@ -175,10 +175,10 @@ def _curves(run_directory: Path) -> list[Curve]:
 
 def _settings(config: Config, workspace: Workspace, found: ResolvedModel) -> dict[str, str]:
     """YAML for the curious: this evaluation's config, and the run's."""
-    settings = {"Configuration of this evaluation": config.model_dump()}
+    settings = {"Configuration of this evaluation": told_config(config.model_dump())}
     record = read_record(workspace.run_dir(found.run_id)) if found.run_id else None
     if record and "config" in record:
-        settings["Configuration of the run"] = record["config"]
+        settings["Configuration of the run"] = told_config(record["config"])
     return {title: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) for title, tree in settings.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.artifacts import Workspace, read_journal, read_record
-from cluster.errors import RegistryError, StorageError, WorkerError
+from cluster.errors import DamagedError, LeaseLostError, RegistryError, StorageError, WorkerError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
 from cluster.reigns import reigns, was_rolled_back
 from components import arrivals as rules
@@ -29,8 +29,12 @@ from flows.enough import count_look
 from flows.ledger import BY_HAND, PROMOTED, Ledger, State, asked_uri
 from flows.prepare import source_snapshot
 
-CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError)
-"""What keeps a measurement from saying anything, and the loop from nothing else."""
+CANNOT_SAY = (InputError, DataError, NonFiniteError, RegistryError, WorkerError, DamagedError)
+"""What keeps a measurement from saying anything, and the loop from nothing else.
+
+Of a storage's errors those alone that no waiting mends, such as a reference that is not as it was pinned: one that does
+not answer now answers later, and what was missed meanwhile is looked at then.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,34 +87,50 @@ def look(config: Config, ledger: Ledger, force: bool, patient: bool) -> Findings
     evidence = replace(evidence, pending=seen.waiting, missing=seen.counts["missing"])
     if not evidence.fresh_images or (not by_hand and cooldown(evidence, config.retrain.cooldown_s)):
         return Findings(evidence, champion, parent, seen, request=request)  # it waits, whatever a measurement says
-    drift = measure_drift(config, seen) if config.retrain.on_drift else None
+    drift = measure_drift(config, ledger, seen) if config.retrain.on_drift else None
     decay = _decay(config, workspace, champion, parent, seen) if config.retrain.max_decay else None
     evidence = replace(evidence, drift=drift, decay=decay)
     return Findings(evidence, champion, parent, seen, drift.effect if drift else 0.0, request)
 
 
 def remember_rollback(config: Config, ledger: Ledger, champion: Version | None) -> None:
-    """What the last cycle promoted and a person rolled back is not made again: note it as refused. Not saved yet."""
-    state, last = ledger.state, ledger.state.last
-    if last is None or last["decision"] != PROMOTED or any(one["cycle"] == last["cycle"] for one in state.refused):
-        return
-    done = {entry["stage"]: entry for entry in last["stages"]}
-    number = done["gate"]["version"]
-    serves = champion is not None and champion.number == number
-    if serves or not was_rolled_back(read_journal(ledger.workspace), config.name, number):
-        return
-    arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
-    made = {"run_id": last["run_id"] or "", "dataset": last["dataset"]}
-    ledger.refuse({"cycle": last["cycle"], **arrived, **made, "reasons": [BY_HAND.format(number)]})
-    say(f"{BY_HAND.format(number)}: {last['cycle']}'s run and arrivals are not tried again")
+    """What a cycle promoted and a person rolled back is not made again: note it as refused. Not saved yet.
+
+    A person may think longer than the loop waits: the journal knows the cycle, whatever others ended since.
+    """
+    journal = read_journal(ledger.workspace)
+    moves, noted = reigns(journal, config.name), {one["cycle"] for one in ledger.state.refused}
+    stages: dict[str, dict[str, Any]] = {}
+    for line in journal:
+        if line["event"] == "stage" and line["state"] == "done":
+            stages.setdefault(line["cycle"], {})[line["stage"]] = line["numbers"]
+    for line in journal:
+        ours = line["event"] == "cycle" and str(line.get("run_id")).rpartition("-")[0] == config.name
+        if not ours or line["decision"] != PROMOTED or line["cycle"] in noted:
+            continue
+        done = stages.get(line["cycle"], {})
+        number = done.get("gate", {}).get("version")
+        serves = champion is not None and champion.number == number
+        if number is None or serves or not was_rolled_back(moves, config.name, number):
+            continue
+        arrived = {key: done.get("snapshot", {}).get(key) for key in ("parent", "new")}
+        made = {"run_id": line["run_id"], "dataset": line["dataset"]}
+        ledger.refuse({"cycle": line["cycle"], **arrived, **made, "reasons": [BY_HAND.format(number)]})
+        say(f"{BY_HAND.format(number)}: {line['cycle']}'s run and arrivals are not tried again")
 
 
-def measure_drift(config: Config, seen: Arrivals) -> Drift:
-    """Ask the monitor; what it cannot say now is said in its place, and is no reason to train."""
+def measure_drift(config: Config, ledger: Ledger, seen: Arrivals) -> Drift:
+    """Ask the monitor; what it cannot say now is said in its place, and is no reason to train.
+
+    LeaseLostError where it is the loop's own lease that is lost; that the monitor lost its own ends only its look.
+    """
     from flows import monitor
 
     try:
         found = monitor.run(config, cursor=seen.cursor)
+    except LeaseLostError as error:
+        ledger.confirm()
+        return Drift("not_enough_data", 0.0, (str(error),))
     except CANNOT_SAY as error:
         return Drift("not_enough_data", 0.0, (str(error),))
     effect = float(found["drift"]) if found["verdict"] == DRIFTED else 0.0
@@ -148,8 +168,7 @@ def budget(config: Config, state: State, first: bool) -> dict[str, Any]:
     whole = first or is_anchor(config.retrain, turn)
     steps = config.train.steps if whole else config.retrain.steps or config.train.steps
     if search_due(config.retrain, state.searched, turn):
-        trials = config.search.trials * steps
-        steps += min(trials, config.search.budget_steps + steps) if config.search.budget_steps else trials
+        steps += search_steps(config, steps)
     trained = [entry for entry in state.spent if entry["what"] == "train" and entry["steps"]]
     hours = trained[-1]["gpu_hours"] * steps / trained[-1]["steps"] if trained else 0.0
     return {
@@ -158,6 +177,12 @@ def budget(config: Config, state: State, first: bool) -> dict[str, Any]:
         "spent_steps": sum(entry["steps"] for entry in state.spent),
         "spent_gpu_hours": sum(entry["gpu_hours"] for entry in state.spent),
     }
+
+
+def search_steps(config: Config, steps: int) -> int:
+    """Return the most that a search takes whose trials have at most `steps` steps."""
+    trials = config.search.trials * steps
+    return min(trials, config.search.budget_steps + steps) if config.search.budget_steps else trials
 
 
 def parent_of(config: Config, workspace: Workspace, champion: Version) -> DatasetVersion:

@@ -5,8 +5,10 @@ more. It is saved before the journal is told, and the journal is told again afte
 by its key, is not written twice. So a line is neither lost nor doubled wherever the process ends.
 """
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +24,8 @@ MANUAL = "asked.json"
 PROMOTED = "promoted"
 """How a cycle that made a new champion ended."""
 BY_HAND = "version {} was rolled back by hand"
+METER_S = 60.0
+"""GPU time is charged so far ahead while it is used."""
 
 
 @dataclass
@@ -115,6 +119,39 @@ class Ledger:
         entry = {"cycle": cycle, "what": what, "at": time.time(), "steps": steps, "gpu_hours": gpu_hours}
         others = [one for one in self.state.spent if (one["cycle"], one["what"]) != (cycle, what)]
         self.state.spent = [*others, entry]
+
+    @contextmanager
+    def charging(self, cycle: str, what: str, steps: int, gpus: float) -> Iterator[None]:
+        """Charge for the block: `steps` when it begins, the hours of `gpus` as they pass, beside those noted before.
+
+        The hours are saved METER_S ahead, so whoever is killed has paid for all that was used, and hardly for more.
+        A block that ends, in whatever way, pays for what it took.
+        """
+        before, began, ended = self.gpu_hours_of(cycle, what), time.monotonic(), threading.Event()
+
+        def note(ahead_s: float) -> None:
+            self.spend(cycle, what, steps, before + (time.monotonic() - began + ahead_s) / 3600 * gpus)
+
+        def count() -> None:
+            while not ended.wait(METER_S):
+                note(METER_S)
+                with suppress(StorageError):  # one that lost the lease is ended by its guard
+                    self.save()
+
+        note(METER_S)
+        self.save()
+        meter = threading.Thread(target=count, name=f"meter of {what}", daemon=True)
+        if gpus:
+            meter.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if gpus:
+                meter.join()
+            note(0.0)
+            with suppress(StorageError):  # then what was paid ahead stands
+                self.save()
 
     def gpu_hours_of(self, cycle: str, what: str) -> float:
         """What was noted of a cycle's search or training so far."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster import stage, storage
 from cluster.artifacts import RECORD, Workspace, open_workspace, read_json, read_record, write_bytes_atomic
-from cluster.errors import RegistryError, StorageError
+from cluster.errors import DamagedError, RegistryError
 from cluster.registry import CHAMPION, TAG_DATASET, Registry, Version
 from components import dataset as versions
 from components.dataset import DUPLICATE, TEST, TRAIN, VALIDATION, DatasetVersion
@@ -62,7 +62,7 @@ class Reference:
     directory: Path
 
     def read(self) -> tuple[pa.Table, dict[str, int]]:
-        """Return (items, training captions by word); StorageError when the bytes are not those that were pinned."""
+        """Return (items, training captions by word); DamagedError when the bytes are not those that were pinned."""
         items, words = (pq.read_table(io.BytesIO(self._checked(name))) for name in self.files)
         return items, dict(zip(words["word"].to_pylist(), words["captions"].to_pylist(), strict=True))
 
@@ -78,7 +78,7 @@ class Reference:
         except FileNotFoundError:
             content, found = b"", "nothing"
         if found != self.files[name]:
-            raise StorageError(
+            raise DamagedError(
                 f"{path} expected to be as it was pinned for version {self.version} (sha256 {self.files[name][:12]}),"
                 f" found {found[:12]}; restore it from a backup, or remove {self.directory} to pin the reference anew"
             )
@@ -89,16 +89,15 @@ def pin(config: Config, version: int) -> Reference:
     """Return the reference of this version of the model, pinning it when there is none.
 
     InputError when the version's data, or its pixels, are gone, when it has no held-out pictures, and when the
-    reference was pinned with another encoder than `monitor.encoder`.
+    reference was pinned with another encoder than `monitor.encoder`; DamagedError when its record cannot be read.
     """
     workspace = open_workspace(config.workspace)
     eye = monitor_eye(config)
     directory = workspace.root / "monitor" / "reference" / config.name / f"version-{version}"
-    record = read_record(directory)
-    if record is None:
+    reference = _pinned(directory, version)
+    if reference is None:
         registered = Registry(workspace, config.placement.tracking_uri).by_number(config.name, version)
-        record = _pin(config, workspace, eye, registered, directory)
-    reference = Reference(**record, directory=directory)
+        reference = Reference(**_pin(config, workspace, eye, registered, directory), directory=directory)
     if reference.encoder != eye.identity:
         raise InputError(
             f"monitor.encoder expected the encoder {reference.encoder}, with which the reference of version {version}"
@@ -106,6 +105,17 @@ def pin(config: Config, version: int) -> Reference:
             f" back, or remove {directory} to pin that version anew"
         )
     return reference
+
+
+def _pinned(directory: Path, version: int) -> Reference | None:
+    try:
+        record = read_record(directory)
+        return None if record is None else Reference(**record, directory=directory)
+    except (ValueError, TypeError) as error:
+        raise DamagedError(
+            f"{directory / RECORD} expected to describe the reference of version {version}, found: {error}; restore it"
+            f" from a backup, or remove {directory} to pin the reference anew"
+        ) from error
 
 
 def champion_data(config: Config, workspace: Workspace, champion: Version) -> DatasetVersion:

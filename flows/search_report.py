@@ -10,7 +10,7 @@ from cluster import stage
 from cluster.artifacts import write_bytes_atomic, write_json_atomic
 from components.search_page import Search, make_search_page
 from components.search_results import Trial
-from flows.config import Config
+from flows.config import Config, told_config
 from flows.search_record import SearchRecord
 from flows.train import Inputs
 
@@ -45,5 +45,7 @@ def write_report(config: Config, inputs: Inputs, record: SearchRecord, results: 
     page = inputs.workspace.reports / f"search-{record.directory.name}.html"
     write_bytes_atomic(page, make_search_page(record.directory.name, search, facts, settings).encode())
     curves = {str(trial.number): trial.curve for trial in trials}
-    write_json_atomic(page.with_suffix(".json"), {**results, "curves": curves, "config": config.model_dump()})
+    write_json_atomic(
+        page.with_suffix(".json"), {**results, "curves": curves, "config": told_config(config.model_dump())}
+    )
     return page

@@ -25,7 +25,7 @@ from cluster.placement import ServeSection
 from cluster.registry import CHAMPION, Registry, Version
 from cluster.serving import ModelSource, endpoint, find_port, readiness
 from cluster.signals import ended_by_signals
-from flows.config import Config
+from flows.config import Config, told_config
 from flows.console import program, say, step
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _watch(url: str, confirm: Any, follower: "Follower", every_s: float) -> None
 def _detach(config: Config, workspace: Workspace) -> dict[str, Any]:
     """Start the same verb as the leader of its own session and wait until it is ready."""
     folder = workspace.root / "serving"
-    written = config.model_copy(update={"workspace": workspace.uri}).model_dump(mode="json")
+    written = told_config(config.model_copy(update={"workspace": workspace.uri}).model_dump(mode="json"))
     write_json_atomic(folder / "config.yaml", written)  # JSON is YAML
     log = folder / "serve.log"
     package = str(Path(flows.__file__).parents[1])

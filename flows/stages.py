@@ -24,7 +24,7 @@ from flows.continual import continued, search_due
 from flows.dataset_versions import named_version
 from flows.decay import decay_beside
 from flows.enough import count_version
-from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of, refused_before
+from flows.findings import CANNOT_SAY, look_at_source, new_images, parent_of, refused_before, search_steps
 from flows.ledger import Cycle, Ledger
 from flows.models import ResolvedModel, resolve_model
 from flows.serve import endpoint_of
@@ -121,11 +121,14 @@ def search_recipe(desk: Desk) -> dict[str, Any]:
         why = "not asked for" if not every else f"last searched in turn {state.searched}, every {every} turns"
         return {"searched": False, "why": why}
     desk.ledger.confirm()
-    found = tune.run(run_config(desk, recipe={}))
+    config = run_config(desk, recipe={})
+    planned = search_steps(config, config.train.steps)
+    with desk.ledger.charging(desk.cycle.id, "search", planned, gpus_of(config)):
+        found = tune.run(config)
     overrides = found["best"]["overrides"]
     state.recipe, state.searched = overrides, desk.cycle.turn
-    seconds = found["seconds"] if found["steps"] else 0.0
-    desk.ledger.spend(desk.cycle.id, "search", found["steps"], gpu_hours(desk.config, seconds))
+    hours = desk.ledger.gpu_hours_of(desk.cycle.id, "search")
+    desk.ledger.spend(desk.cycle.id, "search", found["steps"], hours)  # of the steps planned, those that were made
     keys = ("run_id", "eval_loss")
     best = {key: found["best"][key] for key in keys}
     return {"searched": True, "overrides": overrides, **best, "steps": found["steps"], "report": found["report"]}
@@ -139,20 +142,14 @@ def train_run(desk: Desk) -> dict[str, Any]:
         if attempt["run_id"] == run_id:
             why = f"the same recipe and data were refused in {attempt['cycle']}: {attempt['reasons'][0]}"
             return {"run_id": run_id, "repeated": True, "ends": REFUSED, "reasons": [why]}
-    known = read_record(desk.workspace.run_dir(run_id)) is not None
-    before = desk.ledger.gpu_hours_of(desk.cycle.id, "train")  # of attempts that were interrupted
-    if not known:
-        desk.ledger.spend(desk.cycle.id, "train", config.train.steps, before)  # also owed when we do not live to see it
-    desk.ledger.save()
-    began = time.monotonic()
-    steps = config.train.steps
-    try:
+    if read_record(desk.workspace.run_dir(run_id)) is None:  # what failed, or is not lived to see, has cost as much
+        with desk.ledger.charging(desk.cycle.id, "train", config.train.steps, gpus_of(config)):
+            result = train.run(config)
+        hours = desk.ledger.gpu_hours_of(desk.cycle.id, "train")
+        desk.ledger.spend(desk.cycle.id, "train", result["steps"], hours)
+    else:
+        desk.ledger.save()
         result = train.run(config)
-        steps = result["steps"]
-    finally:  # what failed has cost as much
-        if not known:
-            hours = gpu_hours(config, time.monotonic() - began)
-            desk.ledger.spend(desk.cycle.id, "train", steps, before + hours)
     keys = ("run_id", "steps", "eval_loss_first", "eval_loss_last", "images_per_s")
     facts = {"base": config.model.base or "embedded", "anchor": not desk.first and not config.train.replay_of}
     replay = {"replay_fraction": config.train.replay_fraction, "drift": desk.cycle.drift}
@@ -169,8 +166,8 @@ def run_config(desk: Desk, recipe: dict[str, Any]) -> Config:
     return continued(config, desk.champion(), parent, dataset, desk.cycle.drift, desk.cycle.turn)
 
 
-def gpu_hours(config: Config, seconds: float) -> float:
-    return seconds / 3600 * config.placement.workers * config.placement.gpus_per_worker
+def gpus_of(config: Config) -> float:
+    return config.placement.workers * config.placement.gpus_per_worker
 
 
 def evaluate_run(desk: Desk) -> dict[str, Any]:

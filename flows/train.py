@@ -28,7 +28,7 @@ from components.dataset import DatasetVersion
 from components.freezing import apply_plan, trainable
 from components.models import Parts, embedded_base, load_parts, model_fingerprint
 from components.recipe import TrainSection, trains_text
-from flows.config import AFTER_A_RUN, Config, recipe_fingerprint
+from flows.config import AFTER_A_RUN, Config, recipe_fingerprint, told_config
 from flows.console import program, say, step
 from flows.encode import EncodedPaths, ensure_encoded
 from flows.job import Job
@@ -142,7 +142,7 @@ def _record(job: Job, inputs: Inputs, seconds: float) -> dict[str, Any]:
     write_record(
         job.directory,
         {
-            "config": job.config.model_dump(),
+            "config": told_config(job.config.model_dump()),
             "fingerprint": recipe_fingerprint(job.config, inputs.dataset.id, inputs.base_fingerprint),
             "inputs": {
                 "dataset": inputs.dataset.id,

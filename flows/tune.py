@@ -26,7 +26,7 @@ from cluster.workers import read_lines
 from components.errors import InputError
 from components.search_results import at_equal_steps
 from components.search_space import Dimension, default_grace, parse_space
-from flows.config import Config, known_keys, with_overrides
+from flows.config import Config, known_keys, told_config, with_overrides
 from flows.console import program, say, step
 from flows.replay import old_version
 from flows.search import BAD_TRIAL, Search, tracked
@@ -175,7 +175,7 @@ def _conclude(config: Config, search: Search, winner: dict[str, Any]) -> dict[st
     results["report"] = str(report)
     _track_all(search, best, report)
     shutil.rmtree(search.directory / "groups", ignore_errors=True)
-    asked = {"asked": _asked(config), "config": config.model_dump(), "results": results}
+    asked = {"asked": _asked(config), "config": told_config(config.model_dump()), "results": results}
     write_record(search.directory, asked)
     _tell_once(workspace, results)
     return results

@@ -71,7 +71,7 @@ class Window:
     """Of the sample before: those that the source no longer has."""
     cursor: dict[str, Any]
     tables: dict[str, int] = field(default_factory=dict)
-    """Parquet files that were read, with the number of their pictures that are new."""
+    """Parquet files that were read, with the number of their rows that are new."""
     own: dict[str, Any] = field(default_factory=dict)
     """The cursor for the next look, where nobody's is shared."""
 
@@ -146,7 +146,7 @@ def take_window(
             break
         gone += len(before) - len(left)
         before, tables = left, tables_left
-    fresh, read = _examined(config, workspace, parent, found, set(chooser.best.keys.tolist()))
+    fresh, read = _examined(config, workspace, parent, found, set(chooser.best.keys.tolist()), seed)
     tables |= read
     sample = _sampled(size, seed, [*before.values(), *fresh])
     return Window(
@@ -172,35 +172,43 @@ def _own_files(arrival: Arrival) -> tuple[Seen, ...]:
 
 
 def _examined(
-    config: Config, workspace: Workspace, parent: DatasetVersion, found: Arrivals, chosen: set[int]
-) -> tuple[list[Sampled], dict[str, int]]:
-    """Examine as `prepare` does what was chosen, and every new table whole; return it, and what each table added."""
+    config: Config, workspace: Workspace, parent: DatasetVersion, found: Arrivals, chosen: set[int], seed: int
+) -> tuple[tuple[Sampled, ...], dict[str, int]]:
+    """Examine as `prepare` does what was chosen; every new table is read whole, and its rows that may enter examined.
+
+    Return the sample of it, which is all that is held of it at any time, and the number of rows that each table added.
+    """
     names = {arrival: file_id(_own_files(arrival)) for arrival in found.new}
     wanted = [one for one in found.new if one.candidate.row_group >= 0 or key_of(names[one]) in chosen]
     if not wanted:
-        return [], {}
+        return (), {}
     root = found.cursor["source"]
     files = SourceFiles(_folder_of(wanted[0], root), storage.aws_environment() if storage.is_s3(root) else {})
     limits = Limits(config.data.min_side_px, config.data.max_pixels)
     pixels = pixel_store(config, workspace).directory
-    job = examine.ExamineJob(config.data.source, files, limits, config.data.resolution_px, pixels)
+    known, size = {item.sha256 for item in parent.items}, config.monitor.window
+    keys = np.sort(np.array([key_of(sha256) for sha256 in known], np.uint64))  # an eighth of the hashes' memory
+    sampling = examine.Sampling(size, seed, WAITED_FOR, keys)
+    job = examine.ExamineJob(config.data.source, files, limits, config.data.resolution_px, pixels, sampling)
     total = sum(arrival.pictures for arrival in wanted)
     say(f"  examining {total} arrivals")
     blocks = examine.candidate_blocks([one.candidate for one in wanted], block_rows(total, config.placement))
     single = {files.uri(one.candidate.name): names[one] for one in wanted if one.candidate.row_group < 0}
-    known = {item.sha256 for item in parent.items}
     tables: Counter[str] = Counter({names[one]: 0 for one in wanted if one.candidate.row_group >= 0})
     by_table = {files.uri(one.candidate.path): names[one] for one in wanted if one.candidate.row_group >= 0}
-    sampled = []
+    sample: tuple[Sampled, ...] = ()
     for report in run_blocks(config, blocks, examine.make_examiner, job, (total, Carry.of(keep=[pixels]))):
+        fresh = []
         for one in examine.read_found(report):
             if one.reason in WAITED_FOR or one.sha256 in known:
                 continue
             file = single.get(one.uri) or by_table[one.uri.rpartition("#")[0]]
             if one.uri not in single:
-                tables[file] += not one.reason
-            sampled.append(_as_sampled(one, file, one.uri in single))
-    return sampled, dict(tables)
+                tables[file] += 1
+            if one.reason or one.width_px:  # others were not looked at: no sample of all takes them
+                fresh.append(_as_sampled(one, file, one.uri in single))
+        sample = _sampled(size, seed, [*sample, *fresh])
+    return sample, dict(tables)
 
 
 def _as_sampled(found: Found, file: str, single: bool) -> Sampled:
@@ -210,9 +218,9 @@ def _as_sampled(found: Found, file: str, single: bool) -> Sampled:
 
 
 def _sampled(size: int, seed: int, all_of_them: list[Sampled]) -> tuple[Sampled, ...]:
-    """Return those of the smallest priorities; of equal bytes one."""
+    """Return those of the smallest priorities, of equal bytes the first one; a sample of samples is that of all."""
     keys = np.array([one.key for one in all_of_them], np.uint64)
-    ordered = [all_of_them[place] for place in np.argsort(priorities(keys, seed))] if len(keys) else []
+    ordered = [all_of_them[place] for place in np.argsort(priorities(keys, seed), kind="stable")] if len(keys) else []
     first: dict[Any, Sampled] = {}
     for one in ordered:
         first.setdefault(one.sha256 or one.key, one)
@@ -220,10 +228,10 @@ def _sampled(size: int, seed: int, all_of_them: list[Sampled]) -> tuple[Sampled,
 
 
 def _num_new(found: Arrivals, chooser: _Chooser, tables: dict[str, int], sample: tuple[Sampled, ...]) -> int:
-    """Count new pictures: single files by their names, rows of tables by their bytes, without known rejects."""
+    """Count new pictures: single files by their names, rows of tables by their bytes, without rejects of the sample."""
     groups = sum(arrival.candidate.row_group >= 0 for arrival in found.new)
     single = sum(found.counts[kind] for kind in ("new", "unread", "later")) - groups - len(chooser.alive_tables)
-    rejected = sum(bool(one.reason) and one.file not in tables for one in sample)
+    rejected = sum(bool(one.reason) for one in sample)
     return single - rejected + sum(tables.values())
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from components.drift import DriftSettings, explain, look
+from components.drift import DriftSettings, Untested, explain, look
 from components.drift_streams import ALIGNMENT, CAPTIONS, IMAGES, PROMPTS, Items, Texts, compared
 from components.errors import InputError
 from components.simple_statistics import KINDS
@@ -207,3 +207,15 @@ def test_false_alarms_of_looks_are_within_their_level():
     )
     assert alarms <= 13  # the 99.5 % quantile of 60 looks at 10 %
     assert set(KINDS) > set(REFERENCE.statistics)
+
+
+def test_streams_that_cannot_be_tested_are_told_and_none_tested_is_not_enough_data():
+    found = look(REFERENCE, items(1, 260), LEVEL, 0, SETTINGS)
+    assert [one.stream for one in found.untested] == [PROMPTS] and found.verdict == "no_drift"
+    assert found.reasons[-1] == "prompts: not tested: there are no served prompts"
+    alone = look(REFERENCE, items(1, 260), LEVEL, 0, replace(SETTINGS, streams=(PROMPTS,)))
+    assert (alone.verdict, alone.streams, alone.reasons) == ("not_enough_data", (), found.reasons[-1:])
+    few = Untested(IMAGES, 300, 7, "7 so far")
+    left = look(REFERENCE, items(1, 260), LEVEL, 0, replace(SETTINGS, streams=(CAPTIONS,)), (few,))
+    assert left.untested == (few,) and "images: not tested: 7 so far" in left.reasons
+    assert verdicts(left) == {CAPTIONS: "no_drift"} and left.as_dict()["untested"][0]["num_arrivals"] == 7

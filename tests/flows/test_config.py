@@ -1,6 +1,7 @@
 """The config tree: unknown keys, overrides, YAML, and a fingerprint that placement cannot change."""
 
 import json
+import re
 import traceback
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,7 +13,8 @@ from pydantic import BaseModel
 from cluster.placement import PlacementSection, ServeSection
 from components.errors import InputError
 from components.recipe import DataSection, EvaluateSection, GateSection, LearningRate, TrainSection
-from flows.config import Config, known_keys, load_config, recipe_fingerprint, with_overrides
+from flows import config as config_module
+from flows.config import Config, known_keys, load_config, recipe_fingerprint, told_config, with_overrides
 from flows.presets import PRESETS, tiny_cpu
 
 DATASET, BASE = "emblems@0123456789ab", "ba5e00000000"
@@ -285,3 +287,38 @@ def test_known_keys_are_all_of_the_tree_and_every_field_has_a_note_or_a_plain_na
     assert len(keys) == len(set(keys))
     assert {key.split(".")[0] for key in keys} == set(Config.model_fields)
     assert DataSection().source.startswith("emblems://")
+
+
+@pytest.mark.parametrize(
+    ("webhook", "command", "told"),
+    [
+        (
+            "https://chat.example:8443/hooks/T0-secret?key=secret",
+            "/opt/tell --token secret",
+            "https://chat.example:8443",
+        ),
+        ("http://[::1]:8900/secret", "sh -c 'curl https://secret'", "http://[::1]:8900"),
+        ("", "", ""),
+    ],
+)
+def test_a_config_is_told_without_what_may_be_a_secret_and_is_a_config_still(
+    webhook: str, command: str, told: str
+) -> None:
+    receivers = {"retrain.webhook": webhook, "retrain.command": command, "retrain.webhook_secret_file": "hook.key"}
+    config = with_overrides(load_config(), receivers)
+    tree = told_config(config.model_dump(mode="json"))
+    assert "secret" not in json.dumps(tree).replace("webhook_secret_file", "")
+    assert tree["retrain"]["webhook"] == told and tree["retrain"]["command"] in ("tell", "sh", "")
+    names = {path: tree["retrain"][path.partition(".")[2]] for path in receivers}
+    assert Config.model_validate(tree) == with_overrides(config, names), "nothing else is changed"
+    assert told_config({"train": {"steps": 3}}) == {"train": {"steps": 3}}, "a record of before there was a loop"
+
+
+def test_whole_configs_are_written_as_they_may_be_told() -> None:
+    whole, told = [], 0
+    for path in sorted(Path(config_module.__file__).parent.glob("*.py")):
+        for line in path.read_text().splitlines():
+            if re.search(r"config(\.model_copy\(.*\))?\.model_dump\((mode=\"json\")?\)", line):
+                told += "told_config(" in line
+                whole += [] if "told_config(" in line else [f"{path.name}: {line.strip()}"]
+    assert whole == ["config.py: tree = config.model_dump()"] and told >= 7, "with_overrides alone needs all of it"

@@ -5,16 +5,18 @@ the real stages. Lease, fenced state and journal are real.
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster import champion, lease, storage
-from cluster.artifacts import open_workspace, read_journal
+from cluster.artifacts import open_workspace, read_journal, write_record
 from cluster.errors import LeaseLostError, StorageError, TrackingError, WorkerError
 from cluster.lease import hold_lease
 from cluster.registry import CHAMPION, PREVIOUS, Registry
@@ -365,6 +367,28 @@ def test_what_a_person_rolls_back_after_the_cycle_is_not_promoted_again(loop: Co
     refused_once(loop, "version 2 was rolled back by hand")
 
 
+def test_what_a_person_rolls_back_is_not_promoted_again_when_another_cycle_has_ended_since(
+    loop: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: Config) -> dict[str, Any]:
+        raise WorkerError("worker group expected to live, found it dead; look at its log")
+
+    assert retrain.run(loop, once=True)["decision"] == "promoted"
+    arrive(Path(loop.data.source), "drifted", 100, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.train, "run", broken)
+        assert retrain.run(loop, once=True, force=True)["decision"] == "failed"
+    cycle.rollback.run(loop)
+    for _ in range(2):  # it is noted once
+        waits = retrain.run(loop, once=True)
+        assert waits["decision"] == "wait" and aliases(loop) == [1, 2]
+        assert "5 new pictures (12 more were in a refused attempt)" in str(waits["trigger"]["reasons"])
+        (attempt,) = look_at(open_workspace(loop.workspace)).refused
+    facts = {"cycle": "cycle-0001", "new": 12, "reasons": ["version 2 was rolled back by hand"]}
+    assert facts.items() <= attempt.items()
+    assert attempt["run_id"].startswith("loop-") and attempt["parent"] != attempt["dataset"]
+
+
 def test_what_a_person_rolls_back_while_it_is_watched_is_not_promoted_again(
     loop: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,3 +541,77 @@ def test_a_search_is_made_when_it_is_due_and_its_recipe_is_kept_until_the_next(
     assert (state.recipe, state.searched) == ({"train.warmup_steps": 2}, 3)
     spent = [(one["cycle"], one["steps"]) for one in state.spent if one["what"] == "search"]
     assert spent == [("cycle-0001", 30), ("cycle-0003", 30)]
+
+
+@pytest.fixture
+def metered(loop: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Callable[[float], list[dict[str, Any]]]]:
+    """The loop with two GPUs, and what lets so many hours pass and returns what is charged by then on the disk."""
+    clock = [0.0]
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(time=time.time, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(ledger, "METER_S", 0.01)
+    monkeypatch.setattr(retrain, "check_placement", lambda placement: None)  # there are none
+
+    def after(hours: float) -> list[dict[str, Any]]:
+        clock[0] += hours * 3600
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            spent = look_at(open_workspace(loop.workspace)).spent
+            if spent and spent[-1]["gpu_hours"] >= 2 * hours:
+                break
+        return look_at(open_workspace(loop.workspace)).spent
+
+    return with_overrides(loop, {"placement.gpus_per_worker": 2.0}), after
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_hours_of_a_training_that_is_killed_are_charged_and_those_of_what_follows_beside_them(
+    metered: tuple[Config, Callable[[float], list[dict[str, Any]]]], monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
+    (config, after), left = metered, {}
+    state = Path(ledger.state_uri(open_workspace(config.workspace)))
+
+    def killed(run: Config) -> dict[str, Any]:
+        (entry,) = after(10.0)
+        assert (entry["what"], entry["steps"]) == ("train", run.train.steps)
+        assert entry["gpu_hours"] == pytest.approx(20.0, abs=0.001)
+        left["state"] = state.read_bytes()
+        raise Killed
+
+    monkeypatch.setattr(stages.train, "run", killed)
+    with pytest.raises(Killed):
+        retrain.run(config, once=True)
+    state.write_bytes(left["state"])  # as SIGKILL leaves it
+    cut_short = look_at(open_workspace(config.workspace)).cycle
+    assert cut_short is not None
+    if complete:
+        write_record(open_workspace(config.workspace).run_dir(cut_short.run_id), {"results": {}})
+
+    def goes_on(run: Config) -> dict[str, Any]:
+        if not complete:
+            after(1.0)
+        return {"steps": run.train.steps}
+
+    monkeypatch.setattr(stages.train, "run", goes_on)
+    assert retrain.run(config, once=True)["decision"] == "promoted"
+    (entry,) = look_at(open_workspace(config.workspace)).spent
+    assert entry["gpu_hours"] == pytest.approx(20.0 if complete else 22.0, abs=0.001)
+
+
+def test_a_search_that_is_killed_has_been_charged_for_all_its_steps_and_its_hours(
+    metered: tuple[Config, Callable[[float], list[dict[str, Any]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, after = metered
+    charged: list[dict[str, Any]] = []
+
+    def search(run: Config) -> dict[str, Any]:
+        charged.extend(after(3.0))
+        best: dict[str, Any] = {"overrides": {}, "run_id": "loop-0", "eval_loss": 0.5}
+        return {"best": best, "steps": 30, "seconds": 3.0, "report": None}
+
+    monkeypatch.setattr(stages.tune, "run", search)
+    retrain.run(with_overrides(config, {"retrain.search_every": 2, "search.trials": 7}), once=True)
+    assert [(one["what"], one["steps"]) for one in charged] == [("search", 7 * config.train.steps)]
+    assert charged[0]["gpu_hours"] == pytest.approx(6.0, abs=0.001)
+    first, _ = look_at(open_workspace(config.workspace)).spent
+    assert (first["what"], first["steps"]) == ("search", 30), "in the end, those that were made"
+    assert first["gpu_hours"] == pytest.approx(6.0, abs=0.001)

@@ -1,5 +1,6 @@
 """The demo, whole and small: every verb on real parts, from drawn pictures to an endpoint's answer."""
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from PIL import Image
 
 from cluster.artifacts import open_workspace
 from cluster.registry import CHAMPION, Registry
-from flows import demo
+from flows import demo, demo_drift
 from flows.config import load_config
 
 
@@ -54,6 +55,46 @@ def test_story_ends_with_a_champion_its_pictures_and_three_reports(tmp_path: Pat
         name: ["after", "before"] for name in ("new", "old")
     }
     assert second["cycle"]["cycle"] in Path(second["timeline"]).read_text()
+    assert found["promises"] == demo_drift.promises(second), "told, and with a recipe of its own no more"
+
+
+def second_act(**changed: Any) -> dict[str, Any]:
+    """What came of an act that went as it should, but for what is changed."""
+    act = {"verdict": "drift", "decision": "promoted", "new": (0.1, 0.7), "old": (0.97, 0.94), "failed": 0, **changed}
+    words = {
+        name: {when: {"value": value} for when, value in zip(("before", "after"), act[name], strict=True)}
+        for name in ("new", "old")
+    }
+    client = {"requests": 80, "failed": act["failed"]}
+    return {"verdict": act["verdict"], "cycle": {"decision": act["decision"]}, "words": words, "client": client}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, ""),
+        ({"verdict": "not_enough_data"}, "the monitor drift, found not_enough_data"),
+        ({"decision": "refused"}, "the loop's cycle promoted, found refused"),
+        ({"new": (0.1, 0.69)}, "new words shown at least 70%, found 69.0%"),
+        ({"old": (0.97, 0.93)}, "old words lost at most 3%, found 4.0%"),
+        ({"old": (0.9, 0.95)}, ""),
+        ({"failed": 1}, "failed requests none of 80, found 1"),
+    ],
+)
+def test_demo_says_of_each_promise_whether_it_was_kept(changed: dict[str, Any], told: str) -> None:
+    kept = demo_drift.promises(second_act(**changed))
+    assert len(kept) == 5 and sum(not one["met"] for one in kept) == bool(told)
+    if told:
+        with pytest.raises(demo_drift.UnmetError, match=f"^the demo expected {re.escape(told)}; its reports"):
+            demo_drift.check(kept)
+    else:
+        demo_drift.check(kept)
+    assert not any(one["met"] for one in demo_drift.promises(None))
+
+
+def test_promises_are_of_the_demos_own_recipe() -> None:
+    assert demo.is_own(load_config(overrides=["serve.port=0", "placement.workers=1"], workspace="elsewhere"))
+    assert not demo.is_own(load_config(overrides=["train.steps=12"]))
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -102,7 +143,11 @@ def test_finished_story_ends_with_the_address_of_an_endpoint_that_goes_on_where_
     monkeypatch.setattr(demo.serve, "run", served)
     workspace = tmp_path / "w"
     (workspace / "pictures").mkdir(parents=True)
-    found = demo.run(load_config(preset="tiny_cpu", workspace=str(workspace)), stop=stop)
+    with pytest.raises(demo_drift.UnmetError, match="found no second act: the gate refused the search's winner"):
+        demo.run(load_config(preset="tiny_cpu", workspace=str(workspace)), stop=stop)
+    assert "NOT AS EXPECTED: the loop's cycle: no second act" in capsys.readouterr().err
+    asked.clear()
+    found = demo.run(load_config(overrides=["train.steps=12"], workspace=str(workspace)), stop=stop)
     assert found["url"] == url and size_of(found["grid"])[0] > 500
     told = capsys.readouterr().err.splitlines()
     if stop:

@@ -18,6 +18,7 @@ from components.models import encode_images, encode_text, family_named, load_par
 from components.noise import validation_draws
 from components.objective import NUM_BANDS, make_objective, noised, timesteps_of
 from components.recipe import DataSection, EvaluateSection, ModelSection
+from components.standing import RetrainSection
 from flows import drawing, evaluate, measure, prepare
 from flows.config import Config
 
@@ -169,8 +170,13 @@ def test_the_report_shows_grid_curves_and_lineage_and_fetches_nothing(config, ma
         {"step": 4, "eval/loss": 0.5},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = evaluate.run(config, "emblems-1")
+    secret = {"webhook": "https://chat.example/hooks/not-to-be-told", "command": "/opt/tell --token not-to-be-told"}
+    told = RetrainSection(**secret, webhook_secret_file="hook.key")
+    result = evaluate.run(config.model_copy(update={"retrain": told}), "emblems-1")
     html = Path(result["report"]).read_text()
+    for text in (html, Path(result["report"]).with_suffix(".json").read_text()):
+        assert "not-to-be-told" not in text and "https://chat.example" in text
+    html = html.replace("https://chat.example", "")
     assert html.count("data:image/png;base64,") == 3 * 8  # base, fine-tuned, real
     for text in ("Loss by step", "emblems-1", result["dataset"], "differ most", "Configuration of the run"):
         assert text in html

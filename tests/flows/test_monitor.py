@@ -17,7 +17,7 @@ from PIL import Image
 from cluster.artifacts import open_workspace, read_journal
 from cluster.capture import SCHEMA
 from cluster.champion import move_champion
-from cluster.errors import RegistryError, StorageError
+from cluster.errors import DamagedError, RegistryError
 from cluster.fencing import peek_fenced
 from cluster.registry import TAG_DATASET, TAG_MODEL_FINGERPRINT, Registry
 from components.arrivals import CHANGING, NO_CAPTION_YET
@@ -105,7 +105,11 @@ def test_the_same_world_is_no_drift_and_every_number_is_told(
     config = config_of(workspace, world / "same")
     result = looked(config)
     assert result["verdict"] in ("no_drift", "not_enough_data") and result["drift"] == 0.0
-    assert set(result["streams"]) == {"images", "captions", "alignment"}  # nothing was captured
+    untested = result["streams"].pop("prompts")  # nothing was captured
+    assert (untested["n_window"], untested["p_value"], untested["verdict"]) == (0, None, "not_enough_data")
+    assert untested["why"] == "0 served prompts so far; a look compares from 20 on"
+    assert f"prompts: not tested: {untested['why']}" in result["reasons"]
+    assert set(result["streams"]) == {"images", "captions", "alignment"}
     for one in result["streams"].values():
         assert one["p_value"] > one["threshold"] == pytest.approx(PER_YEAR / 365 / 4)
         assert one["n_window"] == ARRIVALS and 100 < one["n_reference"] < 200 and one["effect"] >= 0
@@ -118,6 +122,7 @@ def test_the_same_world_is_no_drift_and_every_number_is_told(
     assert [line["verdict"] for line in told(workspace)] == [result["verdict"]]
     page = Path(result["report"]).read_text()
     assert "http" not in page.replace("http://www.w3.org", "") and "Alignment" in page
+    assert "Not tested: prompts." in page and untested["why"] in page
     said = capsys.readouterr().err.split("\nverdict: ")[1]
     assert said.splitlines()[1].startswith("  images") and f"report: {result['report']}" in said
 
@@ -227,8 +232,12 @@ def test_a_reference_is_pinned_once_and_checked_whenever_it_is_read(
         looked(with_overrides(config, {"monitor.encoder": str(workspace)}))
     words_file = next(pinned.directory.glob("words-*"))
     words_file.write_bytes(words_file.read_bytes()[:-1] + b"x")
-    with pytest.raises(StorageError, match="expected to be as it was pinned for version 1"):
+    with pytest.raises(DamagedError, match="expected to be as it was pinned for version 1"):
         looked(config)
+    record = pinned.directory / "record.json"
+    record.write_bytes(record.read_bytes()[:-20])
+    with pytest.raises(DamagedError, match=r"expected to describe the reference of version 1.*pin the reference anew"):
+        monitor.run(config)
     shutil.rmtree(pinned.directory)
     again = reference.pin(config, 1)
     assert (again.sha256, again.files) == (pinned.sha256, pinned.files)
@@ -262,11 +271,29 @@ def test_other_prompts_are_drift_and_rows_of_another_encoder_are_refused(
     encoder = ClipEncoder(embedded_clip())
     captured(workspace, prompts, encoder.identity, encoder.texts(prompts), keep=False)
     result = looked(config)
-    assert result["verdict"] == "drift" and set(result["streams"]) == {"prompts"}
+    assert result["verdict"] == "drift" and result["streams"]["prompts"]["verdict"] == "drift"
+    few = {name: one["why"] for name, one in result["streams"].items() if "why" in one}
+    assert few == dict.fromkeys(
+        ("images", "captions", "alignment"), "0 new pictures so far; a look compares from 20 on"
+    )
     assert result["streams"]["prompts"]["n_window"] == result["window"]["prompts"] == 50
     assert result["statistics"] == {} and result["attributions"]["prompts"]["words"] == []
     captured(workspace, prompts, "a third", foreign, keep=True)  # their text was kept, so they are encoded anew
     assert looked(config, days=1)["window"]["prompts"] == 100
+
+
+def test_a_stream_that_was_asked_for_alone_and_has_too_few_items_is_not_said_to_have_stayed(
+    world: Path, workspace: Path
+) -> None:
+    config = with_overrides(config_of(workspace, world / "same"), {"monitor.streams": ["prompts"]})
+    prompts = [example("drifted", 9, number)[1] for number in range(7)]
+    encoder = ClipEncoder(embedded_clip())
+    captured(workspace, prompts, encoder.identity, encoder.texts(prompts), keep=True)
+    result = looked(config)
+    assert result["verdict"] == "not_enough_data" and result["tested"], "statistics were"
+    why = "7 served prompts so far; a look compares from 20 on"
+    assert result["streams"] == {"prompts": {**result["streams"]["prompts"], "n_window": 7, "why": why}}
+    assert f"prompts: not tested: {why}" in result["reasons"]
 
 
 def test_rejected_arrivals_count_and_what_is_no_arrival_yet_is_told(

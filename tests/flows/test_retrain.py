@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 
+from cluster import lease
 from cluster.artifacts import open_workspace, read_journal
 from cluster.errors import LeaseLostError, StorageError
 from cluster.fencing import write_fenced
 from cluster.lease import hold_lease, read_lease
 from cluster.registry import CHAMPION, Registry
 from components.evidence import Served
-from flows import arrivals, findings, prepare, promote, retrain, snapshot, stages
+from components.triggers import decide
+from flows import arrivals, findings, monitor, prepare, promote, reference, retrain, snapshot, stages
 from flows.config import Config, load_config, with_overrides
 from flows.ledger import Cycle, Ledger, State, asked_uri, lease_place, look_at, state_uri
 from tests.loop_world import arrive, crown, loop_config, write_config
@@ -164,6 +166,66 @@ def test_champion_whose_data_is_gone_and_a_source_that_went_away_are_told_and_no
     assert "found it gone; bring that folder back" in forced["reasons"][0]
     data.with_name("moved").rename(data)
     assert findings_of(served).new_images == 12
+
+
+def test_a_reference_that_is_damaged_keeps_drift_from_being_told_and_no_other_trigger_from_speaking(
+    served: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrive(source_of(served), "drifted", 0, 30)
+    watchful = with_overrides(
+        served, {"retrain.on_drift": True, "retrain.min_new_images": 30, "monitor.false_alarms_per_year": 100}
+    )
+    pinned = reference.pin(watchful, 1)
+    (items,) = pinned.directory.glob("items-*")
+    content = bytearray(items.read_bytes())
+    content[len(content) // 2] ^= 1
+    items.write_bytes(bytes(content))
+    evidence = findings_of(watchful)
+    decision = decide(evidence, watchful.retrain)
+    assert [reason.kind for reason in decision.triggers] == ["new_images"], decision
+    told = next(reason.text for reason in decision.quiet if reason.kind == "drift")
+    assert f"{items} expected to be as it was pinned for version 1" in told and "pin the reference anew" in told
+    items.unlink()
+    assert "found nothing" in findings_of(watchful).drift.reasons[0]
+
+
+def test_a_storage_that_does_not_answer_the_monitor_is_away_for_the_loop_too(
+    served: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*given: Any, **named: Any) -> Any:
+        raise StorageError("s3://bucket expected to be read, found: nothing answers there")
+
+    arrive(source_of(served), "drifted", 0, 12)
+    monkeypatch.setattr(monitor, "run", away)
+    with pytest.raises(StorageError, match="nothing answers"):
+        retrain.run(with_overrides(served, {"retrain.on_drift": True}), once=True)
+
+
+@pytest.mark.parametrize("whose", ["monitor", "loop"])
+def test_a_lease_that_is_lost_while_the_monitor_looks_ends_the_loop_only_where_it_is_the_loops(
+    served: Config, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    workspace = open_workspace(served.workspace)
+    lost = lease_place(workspace) if whose == "loop" else workspace.place("monitor", "looks", served.name, "lease")
+    real = monitor.pin
+
+    def overtaken(*given: Any) -> Any:
+        holder = read_lease(lost)
+        assert holder is not None and lease._claim(f"{lost}.epochs", "heir", 30.0, holder.token + 1)
+        if whose == "loop":
+            raise LeaseLostError("what the monitor, held up as long, may find of its own lease")
+        return real(*given)
+
+    arrive(source_of(served), "drifted", 0, 4)
+    monkeypatch.setattr(monitor, "pin", overtaken)
+    calm = with_overrides(served, {"retrain.on_drift": True, "retrain.lease_ttl_s": 600})  # its guard does not look now
+    if whose == "loop":
+        with pytest.raises(LeaseLostError, match=r"retrain/lease\.epochs expected to be held by fresco retrain"):
+            retrain.run(calm, once=True)
+        assert not journal_of(calm, "trigger")
+    else:
+        (reason,) = retrain.run(calm, once=True)["trigger"]["reasons"]
+        assert "the monitor says not_enough_data" in reason and "monitor/looks/loop/lease.epochs" in reason
 
 
 def findings_of(config: Config) -> Any:

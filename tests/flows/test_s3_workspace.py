@@ -43,6 +43,7 @@ from tests.machines import Machines
 from tests.servers import free_port, mlflow_server
 
 SECRET, TOKEN = "not-to-be-seen-5f1e0c9a", "nor-this-session-token-77d0b3"
+HOOK = "T0-nor-where-the-loop-tells-1a2b"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,9 @@ def config_of(base: Path, workspace: str, tracking_uri: str, *overrides: str) ->
             "placement.engine=torch",
             "placement.checkpoint_every_steps=4",
             f"placement.tracking_uri={tracking_uri}",
+            f"retrain.webhook=https://chat.example/hooks/{HOOK}",
+            "retrain.webhook_secret_file=hook.key",
+            f"retrain.command=tell --token {HOOK}",
             "serve.default_steps=2",
             "serve.follow_s=0.5",
             *overrides,
@@ -282,7 +286,7 @@ def _tells(content: bytes) -> bool:
         table = pq.read_table(io.BytesIO(content))
         texts = [column for column in table.columns if pa.types.is_string(column.type)]
         content += repr([column.to_pylist() for column in texts]).encode()
-    return any(secret.encode() in content for secret in (SECRET, TOKEN))
+    return any(secret.encode() in content for secret in (SECRET, TOKEN, HOOK))
 
 
 def _no_local_paths(config: Config, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The sample is a function of the source as it is now, and only what may enter it is read."""
 
+import hashlib
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,18 @@ from PIL import Image
 
 from cluster import storage
 from cluster.artifacts import open_workspace
+from components import examine
 from components.arrivals import CHANGING
-from components.dataset import DatasetVersion
-from components.images import to_png
-from flows import arrivals
+from components.dataset import DatasetVersion, Item
+from components.encode import pixels_name
+from components.examine import stored_sizes
+from components.images import Limits, PictureError, decode, to_png
+from components.reservoir import key_of, priorities
+from components.store import ShardStore
+from flows import arrivals, window
 from flows.config import Config, load_config, with_overrides
-from flows.window import Window, take_window
+from flows.reference import WAITED_FOR
+from flows.window import Sampled, Window, take_window
 
 SIZE, SEED = 20, 5
 NOBODY = DatasetVersion("none", "0" * 12, Path("nowhere"), ())
@@ -112,6 +120,88 @@ def test_rows_of_parquet_files_are_arrivals_like_others(tmp_path: Path, read: li
     third = taken(config, second.state)
     assert third.new_images == 30 and {one.caption for one in third.sample} <= {f"caption {n}" for n in range(30, 60)}
     assert hashes(third) == hashes(taken(config_of(tmp_path, "a third")))
+
+
+def one_shot(known: set[str], contents: list[bytes]) -> list[tuple[str, str]]:
+    """(hash, reason) of the sample as it is said to be: of all rows, examined one and all."""
+    found: dict[str, str] = {}
+    for content in contents:
+        sha256, reason = hashlib.sha256(content).hexdigest(), ""
+        try:
+            decode(content, Limits())
+        except PictureError as error:
+            reason = str(error)
+        if reason not in WAITED_FOR and sha256 not in known:
+            found[sha256] = reason
+    hashes = list(found)
+    order = np.argsort(priorities([key_of(sha256) for sha256 in hashes], SEED))
+    return [(hashes[place], found[hashes[place]]) for place in order][:SIZE]
+
+
+def test_a_sample_of_samples_is_that_of_all() -> None:
+    generator = np.random.default_rng(3)
+    # Rows have the key of their bytes, single files one of their names; some hold the same bytes
+    names = [hashlib.sha256(bytes([number])).hexdigest() for number in generator.integers(0, 200, 400).tolist()]
+    keys = [
+        key_of(name) if row else int(key) for name, row, key in zip(names, [1, 1, 1, 0] * 100, range(400), strict=True)
+    ]
+    arrived = [Sampled(key, f"{place}", name) for place, (key, name) in enumerate(zip(keys, names, strict=True))]
+    whole = window._sampled(SIZE, SEED, arrived)
+    parts: tuple[Sampled, ...] = ()
+    for first in range(0, 400, 30):
+        parts = window._sampled(SIZE, SEED, [*parts, *arrived[first : first + 30]])
+    assert parts == whole and len(whole) == SIZE
+    ranks = priorities(keys, SEED)
+    best = sorted(
+        {name: min(rank for rank, other in zip(ranks, names, strict=True) if other == name) for name in names}.items(),
+        key=lambda one: one[1],
+    )
+    assert [one.sha256 for one in whole] == [name for name, _ in best[:SIZE]]
+
+
+def test_of_a_large_table_those_rows_alone_are_decoded_and_kept_that_may_enter_and_the_sample_is_that_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    held: list[int] = []
+    decoding, sampling = examine.decode, window._sampled
+
+    def counting(content: bytes, limits: Limits) -> Any:
+        decoded.append(len(content))
+        return decoding(content, limits)
+
+    def holding(size: int, seed: int, some: list[Any]) -> Any:
+        held.append(len(some))
+        return sampling(size, seed, some)
+
+    monkeypatch.setattr(examine, "decode", counting)
+    monkeypatch.setattr(window, "_sampled", holding)
+    source = tmp_path / "source"
+    source.mkdir()
+    known = [Item(hashlib.sha256(picture(number)).hexdigest(), "known", "train", "") for number in range(300)]
+    contents = [picture(number) for number in range(400)]
+    contents[51::8] = [bytes([number]) * 30 for number in range(44)]  # rejected, and as such in the sample
+    contents[21] = contents[391] = b""  # waited for, as is what is cut short
+    contents[13::25] = [content[:300] for content in contents[13::25]]
+    rows = [
+        {"image": {"bytes": content, "path": None}, "text": f"caption {place}"}
+        for place, content in enumerate(contents)
+    ]
+    pq.write_table(pa.Table.from_pylist([*rows, *rows[100:150]]), source / "a.parquet", row_group_size=30)
+    config = config_of(tmp_path)
+    parents = {"nobody": NOBODY, "somebody": replace(NOBODY, items=tuple(known[::2]))}
+    for name, parent in parents.items():
+        workspace = open_workspace(str(tmp_path / name))
+        decoded.clear(), held.clear()
+        found = take_window(
+            config.model_copy(update={"workspace": str(tmp_path / name)}), workspace, parent, SEED, {}, at=1000.0
+        )
+        expected = one_shot({item.sha256 for item in parent.items}, contents)
+        assert [(one.sha256, one.reason) for one in found.sample] == expected, name
+        assert any(reason for _, reason in expected) and all(one.reason or one.width_px for one in found.sample)
+        assert len(decoded) < 180 and max(held) < 80, (len(decoded), held)
+        stored = dict(stored_sizes(ShardStore(workspace.encoded / pixels_name(16))))
+        assert {one.sha256 for one in found.pictures} <= set(stored) and len(stored) < 150
 
 
 def test_a_file_that_came_to_rest_for_whoever_asks_has_come_to_rest(tmp_path: Path) -> None:
