@@ -127,19 +127,31 @@ class Registry:
         """
         with hold_lease(self.lock_path(name), f"register {pipeline_dir.name}"):
             self._call(lambda: self._make_model(name))
-            for version in self.versions(name):
-                if all(version.tags.get(tag) == tags.get(tag) for tag in (TAG_RUN, TAG_MODEL_FINGERPRINT)):
-                    return version
-            made = self._call(
-                lambda: self._client.create_model_version(
-                    name,
-                    SOURCE_SCHEME + quote(stage.portable(str(pipeline_dir.resolve()), self.workspace.root)),
-                    run_id=mlflow_run_id,
-                    tags={**tags, **self._path_tag(pipeline_dir)},
-                    await_creation_for=0,
+            same = self._same_model(name, tags)
+            if same is None:
+                self._call(
+                    lambda: self._client.create_model_version(
+                        name,
+                        SOURCE_SCHEME + quote(stage.portable(str(pipeline_dir.resolve()), self.workspace.root)),
+                        run_id=mlflow_run_id,
+                        tags={**tags, **self._path_tag(pipeline_dir)},
+                        await_creation_for=0,
+                    )
                 )
+                # Not the one that came back: MLflow's client sends a request again whose answer was lost, which makes
+                # another version, and every later call has to find the same one.
+                same = self._same_model(name, tags)
+        if same is None:
+            raise RegistryError(
+                f"{name} expected a version of run {tags.get(TAG_RUN)} just made, found none; try again"
             )
-        return self.by_number(name, int(made.version))
+        return same
+
+    def _same_model(self, name: str, tags: Mapping[str, str]) -> Version | None:
+        """The first version with this run and these weights."""
+        keys = (TAG_RUN, TAG_MODEL_FINGERPRINT)
+        found = (one for one in self.versions(name) if all(one.tags.get(key) == tags.get(key) for key in keys))
+        return next(found, None)
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         """Add tags to a version; a text longer than MLflow keeps is cut."""

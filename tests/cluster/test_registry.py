@@ -3,8 +3,10 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from cluster.artifacts import Workspace, open_workspace
 from cluster.errors import RegistryError
@@ -60,6 +62,23 @@ def test_register_of_the_same_run_returns_the_version_there_is(workspace: Worksp
     pipeline = make_run(workspace, "a")
     assert registry.register("fresco", pipeline, tags("a")) == registry.register("fresco", pipeline, tags("a"))
     assert len(registry.versions("fresco")) == 1
+
+
+def test_version_that_a_repeated_request_made_twice_is_one_for_everybody(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a POST again whose answer was lost; the second call stands for that."""
+    create = MlflowClient.create_model_version
+
+    def twice(*given: Any, **named: Any) -> Any:
+        create(*given, **named)
+        return create(*given, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", twice)
+    registry = Registry(workspace)
+    pipeline = make_run(workspace, "a")
+    assert registry.register("fresco", pipeline, tags("a")).number == 1
+    assert registry.register("fresco", pipeline, tags("a")).number == 1
 
 
 def test_directory_is_found_after_the_workspace_moved_and_missed_when_it_is_gone(

@@ -76,8 +76,12 @@ def test_endpoint_counts_only_while_its_process_lives(config: Config) -> None:
         lease = confirm()
         endpoint = status.run(config)["endpoint"]
     assert endpoint["url"] == "http://127.0.0.1:9" and endpoint["status"] == "not answering"
-    write_json_atomic(lock, asdict(replace(lease, pid_started=lease.pid_started - 1000)))
-    assert server_of(workspace) is None
+    epoch = workspace.root / "locks" / "endpoint.lock.epochs" / f"{lease.token:012}.json"
+    write_json_atomic(epoch, asdict(lease))
+    assert server_of(workspace) is not None, "not released"
+    assert lease.pid_ticks is not None
+    write_json_atomic(epoch, asdict(replace(lease, pid_ticks=lease.pid_ticks + 1)))
+    assert server_of(workspace) is None, "its number is another process's"
     assert status.run(config)["endpoint"] is None
 
 
