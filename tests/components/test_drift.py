@@ -53,7 +53,7 @@ def test_nothing_new_is_no_drift_with_all_numbers():
         assert finding.split_quantile > 0 and finding.auroc.low < 0.5 < finding.auroc.high
         assert finding.needed <= 260 and f"{finding.needed} a side would do" in finding.sentence
     assert [change.name for change in found.statistics] == ["caption_words", "rejected"]
-    assert len(found.reasons) == 3
+    assert len(found.reasons) == 4 and found.reasons[-1] == "prompts: not tested: there are no served prompts"
     json.dumps(found.as_dict())
 
 

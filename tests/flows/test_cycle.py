@@ -374,7 +374,7 @@ def test_what_a_person_rolls_back_is_not_promoted_again_when_another_cycle_has_e
         raise WorkerError("worker group expected to live, found it dead; look at its log")
 
     assert retrain.run(loop, once=True)["decision"] == "promoted"
-    arrive(Path(loop.data.source), "drifted", 100, 5)
+    arrive(Path(loop.data.source), "drifted", 125, 5)  # two of them test pictures: enough for the gate
     with monkeypatch.context() as patch:
         patch.setattr(stages.train, "run", broken)
         assert retrain.run(loop, once=True, force=True)["decision"] == "failed"

@@ -152,7 +152,7 @@ def state(workspace: Path) -> dict[str, Any]:
 def test_shuffled_captions_are_drift_of_the_alignment(world: Path, workspace: Path) -> None:
     result = looked(config_of(workspace, world / "shuffled"))
     streams = {name: one["verdict"] == "drift" for name, one in result["streams"].items()}
-    assert streams == {"images": False, "captions": False, "alignment": True}
+    assert streams == {"images": False, "captions": False, "alignment": True, "prompts": False}
     assert result["attributions"]["alignment"]["clusters"]
 
 

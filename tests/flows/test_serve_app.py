@@ -70,7 +70,8 @@ def test_without_a_champion_the_command_that_makes_one_is_told(keyed: tuple[Conf
 
 
 def test_replicas_on_machines_without_a_common_disk_are_refused(keyed: tuple[Config, str], tmp_path: Path) -> None:
-    config = with_overrides(keyed[0], {"workspace": "s3://bucket/w", "serve.max_replicas": 2})
+    far = {"workspace": "s3://bucket/w", "placement.tracking_uri": "http://127.0.0.1:9"}
+    config = with_overrides(keyed[0], {**far, "serve.max_replicas": 2})
     with pytest.raises(PlacementError, match=r"serve\.max_replicas expected 1 with a workspace on S3 .* found 2"):
         app(AppArguments(config=str(written(config, tmp_path))))
 
