@@ -84,6 +84,7 @@ def long_request(url: str, name: str, stream: bool = False) -> httpx.Response:
     return httpx.post(route, json=body | more, headers=headers, timeout=ENOUGH_S, trust_env=False)
 
 
+@pytest.mark.slow  # Ray Serve looks twice before it starts a replica, and that loads a model
 def test_work_that_waits_brings_a_second_replica_whose_requests_any_other_cancels(url: str) -> None:
     names = [f"long-request-{number}" for number in range(6)]
     with ThreadPoolExecutor(len(names)) as threads:

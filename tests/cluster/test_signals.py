@@ -74,6 +74,7 @@ def test_what_was_started_is_ended_by_a_signal_that_comes_twice(number: int) -> 
         assert not child.is_running()
 
 
+@pytest.mark.slow
 def test_what_cleans_up_on_ray_is_not_cut_short() -> None:
     """Ray sets a handler for SIGTERM, to which every signal is a new one."""
     with running(WITH_RAY) as process:

@@ -64,6 +64,7 @@ def test_group_survives_a_killed_worker_and_adds_up_over_its_ranks(run: Run, tmp
     assert attempts(tmp_path, 0) == attempts(tmp_path, 1) == 2
 
 
+@pytest.mark.slow
 def test_named_error_of_one_worker_is_raised_as_it_was_and_not_tried_again(run: Run, tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"module": "stale", "name": "x", "message": "of an earlier command"}')
     with pytest.raises(StorageError, match=r"^could not write x: no space; free some$"):
@@ -71,6 +72,7 @@ def test_named_error_of_one_worker_is_raised_as_it_was_and_not_tried_again(run: 
     assert attempts(tmp_path, 1) == 1
 
 
+@pytest.mark.slow
 def test_other_errors_end_in_a_worker_error_with_the_last_one(run: Run, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"(?s)max_failures=0 times.*not one of ours.*continues from the newest"):
         run("always fails", 0)

@@ -14,6 +14,7 @@ from components.versions import Version
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_tiny_run_of_the_whole_benchmark_says_all_it_measures() -> None:
     command = [sys.executable, "benchmarks/engine.py", "--tiny", "--threads", "1"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)

@@ -33,7 +33,8 @@ def config_of(base: Path, workspace: Path) -> Config:
     )
 
 
-@pytest.mark.parametrize("family", ["tiny_base", pytest.param("tiny_z_image", marks=pytest.mark.slow)])
+@pytest.mark.slow  # training, evaluation, promotion, an endpoint
+@pytest.mark.parametrize("family", ["tiny_base", "tiny_z_image"])
 def test_family_goes_through_every_verb(
     family: str, request: pytest.FixtureRequest, ray_session: None, tmp_path: Path
 ) -> None:

@@ -406,6 +406,7 @@ def test_candidate_has_no_alias_while_the_gate_decides_and_another_challenger_st
     assert challenger_of(config) == 2 and status.run(config)["judging"] == []
 
 
+@pytest.mark.slow
 def test_promote_killed_while_it_judges_leaves_no_alias_and_nothing_judged(config, make_model) -> None:
     for run_id, scale in (("fresco-a", MIDDLE), ("fresco-b", BEST)):
         make_model(run_id, scale)

@@ -81,6 +81,7 @@ def test_unknown_arguments_are_refused() -> None:
         AppArguments.model_validate({"confg": "fresco.yaml"})
 
 
+@pytest.mark.slow  # an endpoint on a Ray Serve of its own
 def test_deployed_from_a_config_it_answers_and_follows_the_champion(
     keyed: tuple[Config, str], tmp_path: Path, make_run, other_serve: int
 ) -> None:

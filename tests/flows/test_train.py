@@ -161,6 +161,7 @@ def test_killed_driver_continues_on_another_placement(
     assert result["eval_loss_last"] == pytest.approx(undisturbed["eval_loss_last"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_cached_captions_train_like_live_ones_and_frozen_parts_stay(
     ray_session: None, tiny_base: Path, workspace: Path
 ) -> None:

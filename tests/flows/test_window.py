@@ -218,6 +218,7 @@ def test_a_file_that_came_to_rest_for_whoever_asks_has_come_to_rest(tmp_path: Pa
     assert again.counts["new"] == 30, "the caller's listing is still there"
 
 
+@pytest.mark.slow
 def test_memory_of_a_look_does_not_grow_with_the_number_of_arrivals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
