@@ -142,8 +142,9 @@ def _streams(look: Look, smallest_effect: float) -> str:
         lines.append(_row(cells))
     for left in look.untested:
         name, question = STREAMS[left.stream]
-        sizes, why = f"{left.num_reference} : {left.num_arrivals}", f"not tested<small>{escape(left.why)}</small>"
-        lines.append(_row([f"{name}<small>{escape(question)}</small>", "", "", "", sizes, why]))
+        stream = f"{name}<small>{escape(question)} Not tested: {escape(left.why)}.</small>"
+        sizes = f"{left.num_reference} : {left.num_arrivals}"
+        lines.append(_row([stream, "", "", "", sizes, "not tested"]))
     titles = ("stream", "effect", "p", "AUROC", "reference : window", "verdict")
     return _table(titles, lines)
 
