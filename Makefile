@@ -50,7 +50,7 @@ test: $(STAMP)  ## run the tests of every part
 	@$(BIN)/pytest -m "not slow" --durations=15 --durations-min=1
 
 test-slow: $(STAMP)  ## run the tests that take minutes: searches on real workers, tracking servers, rehearsals
-	@echo "test-slow: searches and runs that are killed and continued, tracking servers, rehearsals (about 20 minutes)"
+	@echo "test-slow: searches and runs that are killed and continued, tracking servers, rehearsals (about half an hour)"
 	@$(BIN)/pytest -m slow --durations=15 --durations-min=1
 
 demo: $(STAMP)  ## the whole story on the built-in data: search, gate, serve, drift, retrain; KEEP=1 keeps the endpoint
