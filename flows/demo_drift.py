@@ -92,7 +92,11 @@ def drift(config: Config, old: EmblemSource, champion: int, url: str, stage: Sta
     found = {
         "verdict": seen["verdict"],
         "monitor_report": seen["report"],
-        "cycle": {key: cycle[key] for key in ("cycle", "decision", "reasons")},
+        "cycle": {  # a loop that waits has none, and says why it waits
+            "cycle": cycle.get("cycle"),
+            "decision": cycle["decision"],
+            "reasons": cycle.get("reasons", cycle["trigger"]["reasons"]),
+        },
         "champion": after,
         "client": client.numbers,
         "words": {name: {when: vars(one) for when, one in pair.items()} for name, pair in words.items()},
