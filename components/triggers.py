@@ -18,15 +18,8 @@ from components.standing import RetrainSection
 RETRAIN, WAIT = "retrain", "wait"
 DRIFTED = "drift"
 FIRST, SCHEDULE, NEW_IMAGES, DRIFT, DECAY, MANUAL = "first_start", "schedule", "new_images", "drift", "decay", "manual"
-NOTHING_NEW, REFUSED, TOO_FEW, COOLDOWN, BUDGET_STEPS, BUDGET_GPU, SOURCE = (
-    "nothing_new",
-    "refused_before",
-    "too_few_pictures",
-    "cooldown",
-    "budget_steps",
-    "budget_gpu_hours",
-    "source",
-)
+NOTHING_NEW, REFUSED, TOO_FEW, COOLDOWN = "nothing_new", "refused_before", "too_few_pictures", "cooldown"
+BUDGET_STEPS, BUDGET_GPU, SOURCE = "budget_steps", "budget_gpu_hours", "source"
 CHANGING, PENDING, MISSING = "changing", "pending", "missing"
 """What is worth knowing of the source, whatever is decided."""
 WEEK_S = 7 * 86400.0
